@@ -1,0 +1,27 @@
+// packed_linear for AVX2 + FMA.
+#include "cpu/isa.h"
+
+#if PACKEDBERT_X86
+
+#include <immintrin.h>
+
+#include "cpu/packed_linear.h"
+#include "cpu/target_region.h"
+#include "packed_layout.h"
+
+PACKEDBERT_BEGIN_TARGET("avx2,fma")
+namespace packedbert::cpu::avx2 {
+
+constexpr int kTileRows = 6;  // 12 sums, 2 weights and 1 input: 15 of 16 registers
+
+// clang-format off: each builds on the one before
+#include "cpu/vec_avx2.h"
+#include "cpu/vec_math.h"
+#include "cpu/multiply_tile.h"
+#include "cpu/packed_linear_body.h"
+// clang-format on
+
+}  // namespace packedbert::cpu::avx2
+PACKEDBERT_END_TARGET
+
+#endif  // PACKEDBERT_X86

@@ -1,0 +1,30 @@
+// packed_linear for AVX-512 (F, BW, DQ and VL).
+#include "cpu/isa.h"
+
+#if PACKEDBERT_X86
+
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12's own _mm512_undefined_ps, PR 105593
+#endif
+#include <immintrin.h>
+
+#include "cpu/packed_linear.h"
+#include "cpu/target_region.h"
+#include "packed_layout.h"
+
+PACKEDBERT_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace packedbert::cpu::avx512 {
+
+constexpr int kTileRows = 14;  // 28 sums, 2 weights and 1 input: 31 of 32 registers
+
+// clang-format off: each builds on the one before
+#include "cpu/vec_avx512.h"
+#include "cpu/vec_math.h"
+#include "cpu/multiply_tile.h"
+#include "cpu/packed_linear_body.h"
+// clang-format on
+
+}  // namespace packedbert::cpu::avx512
+PACKEDBERT_END_TARGET
+
+#endif  // PACKEDBERT_X86

@@ -1,0 +1,17 @@
+// packed_linear in plain C++, for any processor.
+#include "cpu/packed_linear.h"
+#include "cpu/target_region.h"
+#include "packed_layout.h"
+
+namespace packedbert::cpu::scalar {
+
+constexpr int kTileRows = 6;  // 12 sums, 2 weights and 1 input: 15 of the 16 registers of x86-64's baseline
+
+// clang-format off: each builds on the one before
+#include "cpu/vec_scalar.h"
+#include "cpu/vec_math.h"
+#include "cpu/multiply_tile.h"
+#include "cpu/packed_linear_body.h"
+// clang-format on
+
+}  // namespace packedbert::cpu::scalar

@@ -1,0 +1,40 @@
+// Vec for AVX-512: 16 floats. Included inside namespace packedbert::cpu::avx512 and its target region.
+// The interface is the same in every vec_*.h; vec_scalar.h describes it.
+
+struct Vec {
+  static constexpr int64_t kWidth = 16;
+  __m512 value;
+
+  static PACKEDBERT_INLINE __mmask16 first(int64_t count) {
+    return static_cast<__mmask16>((1u << count) - 1u);
+  }
+
+  static PACKEDBERT_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+  static PACKEDBERT_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static PACKEDBERT_INLINE Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
+  static PACKEDBERT_INLINE Vec load_partial(const float* from, int64_t count) {
+    return {_mm512_maskz_loadu_ps(first(count), from)};
+  }
+  PACKEDBERT_INLINE void store(float* to) const { _mm512_storeu_ps(to, value); }
+  PACKEDBERT_INLINE void store_partial(float* to, int64_t count) const {
+    _mm512_mask_storeu_ps(to, first(count), value);
+  }
+};
+
+PACKEDBERT_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.value, b.value)}; }
+PACKEDBERT_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.value, b.value)}; }
+PACKEDBERT_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.value, b.value)}; }
+PACKEDBERT_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.value, b.value)}; }
+PACKEDBERT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
+PACKEDBERT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.value, b.value)}; }
+PACKEDBERT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.value, b.value)}; }
+PACKEDBERT_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.value)}; }
+PACKEDBERT_INLINE Vec round(Vec a) {
+  return {_mm512_roundscale_ps(a.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+PACKEDBERT_INLINE Vec exp2_of_integer(Vec n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.value), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+PACKEDBERT_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.value); }
+PACKEDBERT_INLINE float sum_of_lanes(Vec a) { return _mm512_reduce_add_ps(a.value); }

@@ -1,0 +1,87 @@
+// The Python module packedbert._C: a few functions about the processor. Importing it also registers the ops
+// of ops.cpp. It keeps to Python's limited API, so that one file serves every Python from 3.10 on.
+#include <Python.h>
+
+#include <cstring>
+#include <string>
+
+#include "cpu/isa.h"
+#include "packed_layout.h"
+
+namespace {
+
+using packedbert::cpu::Isa;
+
+PyObject* available_isas(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  if (!names) return nullptr;
+  for (const Isa isa : packedbert::cpu::available_isas()) {
+    PyObject* name = PyUnicode_FromString(packedbert::cpu::isa_name(isa));
+    const bool appended = name && PyList_Append(names, name) == 0;
+    Py_XDECREF(name);
+    if (!appended) {
+      Py_DECREF(names);
+      return nullptr;
+    }
+  }
+  return names;
+}
+
+PyObject* active_isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(packedbert::cpu::isa_name(packedbert::cpu::active_isa()));
+}
+
+PyObject* set_isa(PyObject*, PyObject* argument) {
+  Py_ssize_t size = 0;
+  const char* name = PyUnicode_AsUTF8AndSize(argument, &size);
+  if (!name) return nullptr;  // not a str: TypeError is set
+  std::string available;
+  for (const Isa isa : packedbert::cpu::available_isas()) {
+    if (std::strcmp(name, packedbert::cpu::isa_name(isa)) == 0 && packedbert::cpu::set_active_isa(isa))
+      Py_RETURN_NONE;
+    available += std::string(available.empty() ? "" : ", ") + packedbert::cpu::isa_name(isa);
+  }
+  return PyErr_Format(PyExc_ValueError, "set_isa: expected one of [%s], which this machine can run, got '%U'",
+                      available.c_str(), argument);
+}
+
+PyObject* cuda_built(PyObject*, PyObject*) {
+#ifdef PACKEDBERT_CUDA
+  Py_RETURN_TRUE;
+#else
+  Py_RETURN_FALSE;
+#endif
+}
+
+PyMethodDef methods[] = {
+    {"available_isas", available_isas, METH_NOARGS,
+     "available_isas() -> list[str]\n\nThe instruction sets that this machine runs, slowest first."},
+    {"isa", active_isa, METH_NOARGS, "isa() -> str\n\nThe instruction set that the CPU kernels use."},
+    {"set_isa", set_isa, METH_O,
+     "set_isa(name: str) -> None\n\nUse another instruction set; ValueError where the machine cannot run "
+     "it."},
+    {"cuda_built", cuda_built, METH_NOARGS,
+     "cuda_built() -> bool\n\nWhether this file has the CUDA kernels."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_C",
+                      "packedbert's native kernels.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* self = PyModule_Create(&module);
+  if (self && PyModule_AddIntConstant(self, "PANEL_WIDTH", packedbert::kPanelWidth) < 0) {
+    Py_DECREF(self);
+    return nullptr;
+  }
+  return self;
+}

@@ -1,0 +1,180 @@
+"""The doors for checkpoints: transformers' from_pretrained, by way of a registered quantizer, and `load`.
+
+transformers ignores `config.pruned_heads`, so a head-pruned checkpoint doesn't fit the modules that it builds. Its
+quantizer hooks let us give these modules the checkpoint's widths before the weights are read, and pack them after.
+A checkpoint that `save_pretrained` wrote from a packed model names us in its config.json, so it comes the same way,
+straight into packed modules.
+"""
+
+import os
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, BertModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from .checkpoint import CheckpointError, StoredLayer, checkpoint_files, read_shapes, stored_layers
+from .config import QUANT_METHOD, PackedBertConfig
+from .modules import PackedBertModel, PackedEncoder
+from .patch import encoder_structure, install_encoder, leave_report, patch_model, replace_norms
+
+#: Task names of `load`, as in transformers' pipelines, and the Auto class of each.
+TASKS = {
+    "question-answering": "AutoModelForQuestionAnswering",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "fill-mask": "AutoModelForMaskedLM",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "next-sentence-prediction": "AutoModelForNextSentencePrediction",
+    "pretraining": "AutoModelForPreTraining",
+    "feature-extraction": "AutoModel",
+}
+
+
+class PackedBertQuantizer(HfQuantizer):
+    """What from_pretrained calls for a `PackedBertConfig`; not a quantization, but the same two hooks."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        bert = _only_bert(model)
+        shapes = read_shapes(checkpoint_files) if checkpoint_files else None
+        if self.quantization_config.layers is None:
+            for layer, stored in zip(bert.encoder.layer, stored_layers(bert.config, shapes), strict=True):
+                _narrow(layer, stored, bert.config.hidden_size // bert.config.num_attention_heads)
+            return model
+        structure = encoder_structure(bert.config, self.quantization_config.layers)
+        encoder = PackedEncoder(structure, None, self.quantization_config)
+        if shapes is not None:
+            _check_packed(encoder, shapes)
+        install_encoder(bert, encoder)
+        if structure.norm == "no_norm":
+            replace_norms(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        bert = _only_bert(model)
+        if isinstance(bert, PackedBertModel):
+            for parameter in bert.parameters():
+                parameter.requires_grad_(False)
+            leave_report(model, bert.encoder, None, sum(parameter.numel() for parameter in model.parameters()))
+            return model
+        return patch_model(model, self.quantization_config, keep_original=False)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """save_pretrained may write it."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """A packed model is for inference."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile works."""
+        return True
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(PackedBertConfig)
+    register_quantizer(QUANT_METHOD)(PackedBertQuantizer)
+
+
+def load(
+    model_id: str | os.PathLike[str],
+    task: str = "question-answering",
+    config: PackedBertConfig | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a pruned, dense or packed BERT checkpoint as a packed model.
+
+    The same as the Auto class's from_pretrained with a `quantization_config`, but the model that comes back is no
+    "quantized" one to transformers: `.half()`, `.to()` and so on work, and `config` is honoured for packed
+    checkpoints too.
+
+    Args:
+        model_id: a hub id or a folder.
+        task: which head; one of `TASKS`.
+        config: how to run it; PackedBertConfig() if None.
+        **kwargs: for from_pretrained, e.g. `dtype=torch.float32`, `revision`, `local_files_only`.
+
+    Returns: the model, in evaluation mode, with a `packedbert_report`.
+
+    Raises:
+        ValueError: an unknown task; a checkpoint that is damaged or contradicts its config (`CheckpointError`).
+        OSError: no such checkpoint.
+        RuntimeError: the backend that was asked for cannot run it.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    config = config or PackedBertConfig()
+    if os.path.isdir(model_id):
+        # from_pretrained would read the files before our hook sees them, and say less about what is wrong.
+        read_shapes(checkpoint_files(model_id))
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    stored = AutoConfig.from_pretrained(model_id, **{name: kwargs[name] for name in names if name in kwargs})
+    if getattr(stored, "quantization_config", None) is None:
+        kwargs["quantization_config"] = config
+    model = getattr(transformers, TASKS[task]).from_pretrained(model_id, **kwargs)
+    _forget_quantizer(model)
+    encoder = _only_bert(model).encoder
+    if encoder.backend != config.backend:
+        encoder.backend = config.backend
+        leave_report(model, encoder, None, model.packedbert_report.parameters_before)
+    return model
+
+
+def _forget_quantizer(model: Any) -> None:
+    """Take back what makes transformers treat the model as quantized; its config still says how it is packed."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in model.__dict__:
+            delattr(model, name)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_is_quantized"):
+            del config._is_quantized
+
+
+def _only_bert(model: nn.Module) -> BertModel:
+    berts = [module for module in model.modules() if isinstance(module, BertModel)]
+    if len(berts) != 1:
+        raise TypeError(
+            f"packedbert: expected a BERT architecture (model_type 'bert'), got {type(model).__name__} with "
+            f"{len(berts)} BertModels in it"
+        )
+    return berts[0]
+
+
+def _narrow(layer: Any, stored: StoredLayer, head_size: int) -> None:
+    """Give a stock BertLayer on the meta device the widths that the checkpoint stores."""
+    attention, inner = layer.attention, stored.heads * head_size
+    hidden = attention.output.dense.out_features
+    dtype = attention.output.dense.weight.dtype
+
+    def linear(in_features: int, out_features: int) -> nn.Linear:
+        return nn.utils.skip_init(nn.Linear, in_features, out_features, device="meta", dtype=dtype)
+
+    for name in ("query", "key", "value"):
+        setattr(attention.self, name, linear(hidden, inner))
+    attention.self.num_attention_heads = stored.heads
+    attention.self.all_head_size = inner
+    attention.output.dense = linear(inner, hidden)
+    layer.intermediate.dense = linear(hidden, stored.ffn_width)
+    layer.output.dense = linear(stored.ffn_width, hidden)
+
+
+def _check_packed(encoder: PackedEncoder, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Every packed tensor must be in the file: transformers would only log a missing one, and leave it random."""
+    stored = {name[name.find("encoder.layer.") :]: shape for name, shape in shapes.items() if "encoder.layer." in name}
+    for name, parameter in encoder.named_parameters():
+        got = stored.get(f"encoder.{name}")
+        if got != tuple(parameter.shape):
+            raise CheckpointError(
+                f"encoder.{name}: expected {list(parameter.shape)} (quantization_config.layers in config.json), got "
+                f"{'nothing' if got is None else list(got)}"
+            )

@@ -1,0 +1,419 @@
+"""The ops, each once: schema, documentation, checks of shapes (the fake kernel), and the default in PyTorch.
+
+`torch.ops.packedbert.*` has four ops. The native library adds kernels for the CPU to `prepack_linear` and
+`packed_linear`; every op has a default in plain PyTorch (reference.py) for any other device and for machines
+without the library, so that the same call works everywhere.
+
+A weight that a model stores is *canonical*, [out_features, in_features]. Kernels want it *prepacked*, in a
+blocked layout that depends on the device (csrc/packed_layout.h). `encoder` takes canonical weights and keeps the
+prepacked ones in a `PrepackCache`; `packed_linear` takes what `prepack_linear` returned on the same device.
+
+Ops have no gradient: modules.py takes the differentiable `reference.encoder` where one is asked for.
+"""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .reference import ACTIVATIONS, NORMS, LayerWeights
+
+_SCHEMAS = torch.library.Library("packedbert", "DEF")
+
+_SCHEMAS.define("prepack_linear(Tensor weight) -> Tensor")
+_SCHEMAS.define(
+    'packed_linear(Tensor input, Tensor weight, Tensor bias, str activation="none", Tensor? residual=None, '
+    'str norm="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-12) -> Tensor'
+)
+_SCHEMAS.define("pruned_attention(Tensor qkv, Tensor cu_seqlens, int num_heads) -> Tensor")
+_SCHEMAS.define(
+    "encoder(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
+    'str activation="gelu", str norm="layer_norm", float eps=1e-12, str backend="auto", int cache=0) -> Tensor'
+)
+
+
+def _check(condition: bool, op: str, argument: str, expected: object, got: object) -> None:
+    if not condition:
+        raise ValueError(f"packedbert::{op}: {argument}: expected {expected}, got {got}")
+
+
+def _native_layout(device: torch.device) -> bool:
+    return dispatch.NATIVE is not None and device.type == "cpu"
+
+
+# ------------------------------------------------------------------------------------------ prepack_linear
+
+
+def _prepacked_shape(out_features: int, in_features: int, device: torch.device) -> tuple[int, ...]:
+    if _native_layout(device):
+        panel = dispatch.NATIVE.PANEL_WIDTH  # type: ignore[union-attr]
+        return (-(-out_features // panel), in_features, panel)
+    return (out_features, in_features)
+
+
+def _prepack_linear_default(weight: Tensor) -> Tensor:
+    _check(weight.dim() == 2, "prepack_linear", "weight", "[out_features, in_features]", list(weight.shape))
+    return weight.contiguous().clone()
+
+
+def _prepack_linear_fake(weight: Tensor) -> Tensor:
+    _check(weight.dim() == 2, "prepack_linear", "weight", "[out_features, in_features]", list(weight.shape))
+    return weight.new_empty(_prepacked_shape(weight.shape[0], weight.shape[1], weight.device))
+
+
+def prepack_linear(weight: Tensor) -> Tensor:
+    """Copy a canonical weight into the layout that the kernels of its device read.
+
+    Args:
+        weight: [out_features, in_features]; float32 on a CPU with the native library.
+
+    Returns: a new tensor on the same device. Native CPU: [ceil(out_features / P), in_features, P] panels, zero
+    padded, P = `packedbert._C.PANEL_WIDTH`. Elsewhere: a copy.
+
+    Raises:
+        ValueError, RuntimeError: wrong number of dimensions, dtype.
+    """
+    return torch.ops.packedbert.prepack_linear(weight)
+
+
+# ------------------------------------------------------------------------------------------- packed_linear
+
+
+def _packed_linear_check(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    residual: Tensor | None,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> None:
+    op = "packed_linear"
+    _check(input.dim() >= 1, op, "input", "[..., in_features]", list(input.shape))
+    _check(bias.dim() == 1, op, "bias", "[out_features]", list(bias.shape))
+    out_features = bias.shape[0]
+    shape = _prepacked_shape(out_features, input.shape[-1], input.device)
+    _check(tuple(weight.shape) == shape, op, "weight", f"{list(shape)}, as prepack_linear returns it", list(weight.shape))
+    _check(activation in ACTIVATIONS, op, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    _check(norm in NORMS, op, "norm", f"one of {', '.join(NORMS)}", repr(norm))
+    output_shape = [*input.shape[:-1], out_features]
+    if residual is not None:
+        _check(list(residual.shape) == output_shape, op, "residual", output_shape, list(residual.shape))
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if norm != "none":
+            got = None if tensor is None else list(tensor.shape)
+            _check(got == [out_features], op, name, [out_features], got)
+
+
+def _packed_linear_default(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-12,
+) -> Tensor:
+    _packed_linear_check(input, weight, bias, activation, residual, norm, norm_weight, norm_bias)
+    return reference.packed_linear(input, weight, bias, activation, residual, norm, norm_weight, norm_bias, eps)
+
+
+def _packed_linear_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-12,
+) -> Tensor:
+    _packed_linear_check(input, weight, bias, activation, residual, norm, norm_weight, norm_bias)
+    return input.new_empty((*input.shape[:-1], bias.shape[0]))
+
+
+def packed_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-12,
+) -> Tensor:
+    """norm(act(input W^T + bias) + residual), the product never leaving the cache before the epilogue is done.
+
+    Args:
+        input: [..., in_features].
+        weight: W as `prepack_linear` returned it on this device.
+        bias: [out_features].
+        activation: "none", "relu", "gelu" (x * Phi(x)) or "gelu_new" (its tanh approximation).
+        residual: None or [..., out_features].
+        norm: "none", "layer_norm" (biased variance over out_features) or "no_norm" (y * norm_weight + norm_bias).
+        norm_weight: [out_features] if there is a norm.
+        norm_bias: [out_features] if there is a norm.
+        eps: added to the variance.
+
+    Returns: [..., out_features], a new tensor.
+
+    Raises:
+        ValueError, RuntimeError: shapes that do not agree, an unknown activation or norm, another dtype.
+    """
+    return torch.ops.packedbert.packed_linear(
+        input, weight, bias, activation, residual, norm, norm_weight, norm_bias, eps
+    )
+
+
+# ---------------------------------------------------------------------------------------- pruned_attention
+
+
+def _pruned_attention_check(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> None:
+    op = "pruned_attention"
+    _check(num_heads >= 0, op, "num_heads", "0 or more", num_heads)
+    _check(
+        qkv.dim() == 2 and (qkv.shape[1] % (3 * num_heads) == 0 if num_heads else qkv.shape[1] == 0),
+        op,
+        "qkv",
+        f"[tokens, 3 * {num_heads} heads * head_size]",
+        list(qkv.shape),
+    )
+    _check(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, op, "cu_seqlens", "[batch + 1]", list(cu_seqlens.shape))
+    _check(cu_seqlens.dtype == torch.int32, op, "cu_seqlens", "torch.int32", cu_seqlens.dtype)
+
+
+def _pruned_attention_default(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> Tensor:
+    _pruned_attention_check(qkv, cu_seqlens, num_heads)
+    bounds = cu_seqlens.tolist()
+    sound = bounds[0] == 0 and bounds[-1] == qkv.shape[0] and bounds == sorted(bounds)
+    _check(sound, "pruned_attention", "cu_seqlens", f"ascending from 0 to {qkv.shape[0]}, the tokens of qkv", bounds)
+    return reference.pruned_attention(qkv, cu_seqlens, num_heads).contiguous()
+
+
+def _pruned_attention_fake(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> Tensor:
+    _pruned_attention_check(qkv, cu_seqlens, num_heads)
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
+
+
+def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(head_size)) v over the heads that are left, within each sequence of a ragged batch.
+
+    Args:
+        qkv: [tokens, 3 * num_heads * head_size]: no padded token is in it.
+        cu_seqlens: int32 [batch + 1], ascending from 0 to tokens; a sequence may be empty.
+        num_heads: heads left; may be 0.
+
+    Returns: [tokens, num_heads * head_size], a new tensor.
+
+    Raises:
+        ValueError: a shape, dtype or cu_seqlens that does not fit.
+    """
+    return torch.ops.packedbert.pruned_attention(qkv, cu_seqlens, num_heads)
+
+
+# ------------------------------------------------------------------------------------------------- encoder
+
+
+class _Entry(NamedTuple):
+    source: Tensor  # keeps the storage alive, so that its address can't come back as another weight's
+    version: int
+    prepacked: Tensor
+
+
+class PrepackCache:
+    """The prepacked copies of one encoder's weights, each renewed when its weight was replaced or changed.
+
+    A change is seen by the tensor's version counter, so by `load_state_dict`, `.to()`, and in-place updates;
+    not by writes through `.data`, which PyTorch does not count: call `clear()` after those.
+
+    An op can only carry tensors and numbers, so an encoder hands its cache over by `key`. Looking it up inside
+    the op is also what lets a compiled graph notice that a weight changed.
+    """
+
+    _keys = itertools.count(1)
+    _live: "weakref.WeakValueDictionary[int, PrepackCache]" = weakref.WeakValueDictionary()
+
+    def __init__(self) -> None:
+        self.key = next(self._keys)
+        self._live[self.key] = self
+        self._entries: dict[int, _Entry] = {}
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrepackCache":
+        return PrepackCache()
+
+    def __reduce__(self) -> tuple[type["PrepackCache"], tuple[()]]:
+        return PrepackCache, ()
+
+    @classmethod
+    def find(cls, key: int) -> "PrepackCache":
+        """The live cache with that key, or a throw-away one."""
+        return cls._live.get(key) or cls()
+
+    def clear(self) -> None:
+        """Forget everything: the next forward packs anew."""
+        with self._lock:
+            self._entries.clear()
+
+    def get(self, slot: int, weight: Tensor, prepack: Callable[[Tensor], Tensor]) -> Tensor:
+        """The prepacked copy of the canonical weight in that slot of the encoder's list of weights."""
+        version = 0 if weight.is_inference() else weight._version
+        entry = self._entries.get(slot)
+        if (
+            entry is None
+            or entry.version != version
+            or entry.source.data_ptr() != weight.data_ptr()
+            or entry.source.shape != weight.shape
+        ):
+            with self._lock:
+                entry = _Entry(weight.detach(), version, prepack(weight))
+                self._entries[slot] = entry
+        return entry.prepacked
+
+
+def _prepacked_layers(
+    weights: Sequence[Tensor], backend: str, cache: PrepackCache
+) -> list[LayerWeights]:
+    """The weights of all layers with the four matrices of each in the layout that the backend's kernels read."""
+    if backend == "reference":
+        return reference.split_layers(weights)
+    matrices = [name.endswith("weight") and "norm" not in name for name in LayerWeights._fields]
+    prepacked = [
+        cache.get(slot, weight, prepack_linear) if matrices[slot % len(matrices)] else weight
+        for slot, weight in enumerate(weights)
+    ]
+    return reference.split_layers(prepacked)
+
+
+def _encoder_check(
+    hidden_states: Tensor, attention_mask: Tensor | None, weights: Sequence[Tensor], num_heads: Sequence[int]
+) -> None:
+    op = "encoder"
+    _check(hidden_states.dim() == 3, op, "hidden_states", "[batch, length, hidden_size]", list(hidden_states.shape))
+    if attention_mask is not None:
+        shape = list(hidden_states.shape[:2])
+        _check(list(attention_mask.shape) == shape, op, "attention_mask", f"{shape} or None", list(attention_mask.shape))
+    expected = len(num_heads) * len(LayerWeights._fields)
+    _check(len(weights) == expected, op, "weights", f"{expected} tensors for {len(num_heads)} layers", len(weights))
+
+
+def _encoder_default(
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    num_heads: Sequence[int],
+    activation: str = "gelu",
+    norm: str = "layer_norm",
+    eps: float = 1e-12,
+    backend: str = "auto",
+    cache: int = 0,
+) -> Tensor:
+    _encoder_check(hidden_states, attention_mask, weights, num_heads)
+    backend = dispatch.resolve(backend, hidden_states.device, hidden_states.dtype)
+    linear = packed_linear if backend == "cpu" else reference.packed_linear
+    layers = _prepacked_layers(weights, backend, PrepackCache.find(cache))
+
+    batch, length, hidden_size = hidden_states.shape
+    mask = torch.ones_like(hidden_states[:, :, 0], dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    real = mask.flatten().nonzero().flatten()  # positions of the real tokens in the padded batch
+    dense = real.shape[0] == batch * length
+    tokens = hidden_states.reshape(batch * length, hidden_size)
+    x = tokens.clone() if dense else tokens[real]
+
+    for heads, w in zip(num_heads, layers, strict=True):
+
+        def attend(qkv: Tensor, heads: int = heads) -> Tensor:
+            # Until the native attention kernel is there, every backend uses PyTorch's own.
+            return reference.pruned_attention(qkv, cu_seqlens, heads)
+
+        x = reference.layer(x, w, attend, activation, norm, eps, linear)
+
+    if not dense:
+        x = tokens.new_zeros(tokens.shape).index_copy_(0, real, x)
+    return x.view(hidden_states.shape)
+
+
+def _encoder_fake(
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    num_heads: Sequence[int],
+    activation: str = "gelu",
+    norm: str = "layer_norm",
+    eps: float = 1e-12,
+    backend: str = "auto",
+    cache: int = 0,
+) -> Tensor:
+    _encoder_check(hidden_states, attention_mask, weights, num_heads)
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+def encoder(
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    num_heads: Sequence[int],
+    activation: str = "gelu",
+    norm: str = "layer_norm",
+    eps: float = 1e-12,
+    backend: str = "auto",
+    cache: int = 0,
+) -> Tensor:
+    """All layers of a packed BERT encoder on the real tokens of a padded batch.
+
+    The tokens that the mask keeps are gathered once, run through all layers as one ragged batch, and scattered
+    back once; no layer computes a padded token.
+
+    Args:
+        hidden_states: [batch, length, hidden_size], the embeddings.
+        attention_mask: None (all tokens are real) or [batch, length], non-zero for real tokens, in any pattern
+            (holes, left padding, rows without any).
+        weights: the canonical `reference.LayerWeights` of all layers, one after the other.
+        num_heads: heads left in each layer.
+        activation: of the FFN, as in `packed_linear`.
+        norm: after each residual, as in `packed_linear`.
+        eps: of LayerNorm.
+        backend: as in `PackedBertConfig`.
+        cache: key of the `PrepackCache` to use; 0 packs for this call only.
+
+    Returns: [batch, length, hidden_size], a new tensor; 0 at padded positions.
+
+    Raises:
+        ValueError: shapes that do not agree.
+        RuntimeError: a backend that was asked for by name and cannot run here.
+    """
+    return torch.ops.packedbert.encoder(
+        hidden_states, attention_mask, weights, num_heads, activation, norm, eps, backend, cache
+    )
+
+
+# -------------------------------------------------------------------------------------------- registration
+
+
+def _no_gradient(op: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(f"packedbert::{op} has no gradient: call the function of that name in packedbert.reference")
+
+    return backward
+
+
+for _name, _default, _fake in (
+    ("prepack_linear", _prepack_linear_default, _prepack_linear_fake),
+    ("packed_linear", _packed_linear_default, _packed_linear_fake),
+    ("pruned_attention", _pruned_attention_default, _pruned_attention_fake),
+    ("encoder", _encoder_default, _encoder_fake),
+):
+    _SCHEMAS.impl(_name, _default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"packedbert::{_name}", _fake, lib=_SCHEMAS)
+    torch.library.register_autograd(f"packedbert::{_name}", _no_gradient(_name), lib=_SCHEMAS)

@@ -1,0 +1,129 @@
+"""What packing did to a model, as data and as a table for the terminal."""
+
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .structure import EncoderStructure, LayerStructure
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One encoder layer.
+
+    Attributes:
+        heads: those that are left, numbered as before any pruning.
+        ffn_width: FFN rows that are left.
+        parameters_before: of the layer as the model stored it.
+        parameters_after: of the packed layer.
+    """
+
+    heads: tuple[int, ...]
+    ffn_width: int
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What patch_model (or loading) did; `model.packedbert_report` holds it, rich prints it as a table.
+
+    Attributes:
+        structure: of the packed encoder.
+        layers: one entry each.
+        parameters_dense: of the encoder before any pruning.
+        parameters_before: of the whole model as it was stored.
+        parameters_after: of the whole packed model.
+        backend: that runs the encoder, e.g. "cpu".
+        isa: instruction set of the native CPU kernels, e.g. "avx512"; "none" if they are not used.
+    """
+
+    structure: EncoderStructure
+    layers: tuple[LayerReport, ...]
+    parameters_dense: int
+    parameters_before: int
+    parameters_after: int
+    backend: str
+    isa: str
+
+    @property
+    def heads_removed(self) -> int:
+        """Heads of the unpruned encoder that are not there any more."""
+        return len(self.layers) * self.structure.num_heads - sum(len(layer.heads) for layer in self.layers)
+
+    def table(self) -> Table:
+        """A rich table: a row a layer, and the totals."""
+        s = self.structure
+        backend = self.backend if self.isa == "none" else f"{self.backend} ({self.isa})"
+        table = Table(
+            title=f"packed BERT: {self.parameters_before:,} stored parameters -> {self.parameters_after:,}, "
+            f"backend {backend}",
+            box=box.SIMPLE_HEAD,
+            show_footer=True,
+        )
+        before, after = (sum(getattr(layer, f"parameters_{when}") for layer in self.layers) for when in ("before", "after"))
+        total_heads, total_rows = s.num_heads * len(self.layers), s.intermediate_size * len(self.layers)
+        kept_heads, kept_rows = sum(len(layer.heads) for layer in self.layers), sum(layer.ffn_width for layer in self.layers)
+        table.add_column("layer", "all", justify="right")
+        table.add_column(f"heads of {s.num_heads}", f"{kept_heads} of {total_heads}", justify="right")
+        table.add_column("heads kept")
+        table.add_column(f"FFN rows of {s.intermediate_size}", f"{kept_rows:,} of {total_rows:,}", justify="right")
+        table.add_column("parameters stored", f"{before:,}", justify="right")
+        table.add_column("packed", f"{after:,}", justify="right")
+        table.add_column("of dense", f"{after / max(self.parameters_dense, 1):.0%}", justify="right")
+        dense_layer = self.parameters_dense / max(len(self.layers), 1)
+        for index, layer in enumerate(self.layers):
+            kept = "".join("■" if head in layer.heads else "·" for head in range(s.num_heads))
+            table.add_row(
+                str(index),
+                str(len(layer.heads)),
+                kept,
+                f"{layer.ffn_width:,}",
+                f"{layer.parameters_before:,}",
+                f"{layer.parameters_after:,}",
+                f"{layer.parameters_after / dense_layer:.0%}",
+            )
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        console = Console(width=110, no_color=True)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def make_report(
+    structure: EncoderStructure,
+    before: list[LayerStructure] | None,
+    parameters_before: int,
+    parameters_after: int,
+    backend: str,
+    isa: str,
+) -> PatchReport:
+    """Count each layer's parameters.
+
+    Args:
+        structure: of the packed encoder.
+        before: each layer as it was stored; None: it was stored packed.
+        parameters_before: of the whole model.
+        parameters_after: of the whole model.
+        backend: that runs it.
+        isa: of the native kernels, if they run it.
+    """
+    stored = before or list(structure.layers)
+    layers = tuple(
+        LayerReport(
+            heads=now.heads,
+            ffn_width=now.ffn_width,
+            parameters_before=structure.layer_parameters(len(was.heads), was.ffn_width),
+            parameters_after=structure.layer_parameters(len(now.heads), now.ffn_width),
+        )
+        for was, now in zip(stored, structure.layers, strict=True)
+    )
+    dense = structure.layer_parameters(structure.num_heads, structure.intermediate_size) * len(layers)
+    return PatchReport(structure, layers, dense, parameters_before, parameters_after, backend, isa)

@@ -1,0 +1,284 @@
+"""Every op: what it computes against the oracle in float64, opcheck, and what it refuses."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packedbert import dispatch, ops, reference
+from packedbert.reference import ACTIVATIONS, NORMS, LayerWeights
+
+HIDDEN = 16
+
+
+def random_layers(num_heads, widths, head_size=4, dtype=torch.float32, seed=0):
+    """The flat list of weights that the encoder op takes."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = []
+    for heads, width in zip(num_heads, widths, strict=True):
+        inner = heads * head_size
+        shapes = [(3 * inner, HIDDEN), (3 * inner,), (HIDDEN, inner), *[(HIDDEN,)] * 3]
+        shapes += [(width, HIDDEN), (width,), (HIDDEN, width), *[(HIDDEN,)] * 3]
+        weights += [torch.randn(shape, generator=generator, dtype=torch.float64) * 0.4 for shape in shapes]
+    return [weight.to(dtype) for weight in weights]
+
+
+def linear_arguments(rows=5, in_features=7, out_features=9, activation="gelu", norm="layer_norm", residual=True):
+    """Arguments of packed_linear, the weight canonical, in float64."""
+    generator = torch.Generator().manual_seed(rows * 31 + in_features)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "input": randn(rows, in_features),
+        "weight": randn(out_features, in_features) * 0.5,
+        "bias": randn(out_features),
+        "activation": activation,
+        "residual": randn(rows, out_features) if residual else None,
+        "norm": norm,
+        "norm_weight": None if norm == "none" else randn(out_features),
+        "norm_bias": None if norm == "none" else randn(out_features),
+        "eps": 1e-5,
+    }
+
+
+def in_float32(arguments):
+    return {name: value.float() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+def prepacked(arguments):
+    return {**arguments, "weight": ops.prepack_linear(arguments["weight"])}
+
+
+def assert_as_exact_as_torch(got, torch_result, oracle):
+    """At most twice PyTorch's own error against float64, plus two roundings of a result of that size."""
+    error = (got.double() - oracle).abs().max().item() if got.numel() else 0.0
+    own = (torch_result.double() - oracle).abs().max().item() if got.numel() else 0.0
+    rounding = 2 * torch.finfo(got.dtype).eps * max(oracle.abs().max().item() if got.numel() else 0.0, 1.0)
+    assert got.shape == oracle.shape
+    assert error <= 2 * own + rounding, (error, own)
+
+
+# ---------------------------------------------------------------------------------------------- the results
+
+
+@pytest.mark.parametrize("isa", dispatch.NATIVE.available_isas() if dispatch.NATIVE else [])
+@pytest.mark.parametrize(("activation", "norm"), itertools.product(ACTIVATIONS, NORMS))
+def test_packed_linear_on_every_isa(isa, activation, norm):
+    best = dispatch.NATIVE.isa()
+    dispatch.NATIVE.set_isa(isa)
+    try:
+        assert dispatch.NATIVE.isa() == isa  # the force took
+        for rows, in_features, out_features in itertools.product((0, 1, 13, 15), (0, 1, 7, 64), (0, 1, 32, 47)):
+            exact = linear_arguments(rows, in_features, out_features, activation, norm, residual=rows % 2 == 1)
+            single = in_float32(exact)
+            got = ops.packed_linear(**prepacked(single))
+            assert_as_exact_as_torch(got, reference.packed_linear(**single), reference.packed_linear(**exact))
+    finally:
+        dispatch.NATIVE.set_isa(best)
+
+
+@given(
+    st.tuples(st.integers(0, 40), st.integers(0, 70), st.integers(0, 70)),
+    st.sampled_from(list(ACTIVATIONS)),
+    st.sampled_from(NORMS),
+    st.booleans(),
+)
+def test_packed_linear_on_any_shape(shape, activation, norm, residual):
+    exact = linear_arguments(*shape, activation, norm, residual)
+    single = in_float32(exact)
+    got = ops.packed_linear(**prepacked(single))
+    assert_as_exact_as_torch(got, reference.packed_linear(**single), reference.packed_linear(**exact))
+
+
+def test_packed_linear_takes_leading_dimensions_and_strides():
+    exact = linear_arguments(rows=12, residual=False)
+    single = prepacked(in_float32(exact))
+    single["input"] = single["input"].view(3, 4, 7).transpose(0, 1)
+    expected = reference.packed_linear(**{**exact, "input": exact["input"].view(3, 4, 7).transpose(0, 1)})
+    torch.testing.assert_close(ops.packed_linear(**single).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_over_their_whole_range(activation):
+    """An identity weight shows the activation alone: large, small, denormal and infinite arguments."""
+    values = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1e30, -1e30])])
+    exact = ACTIVATIONS[activation](values.double())
+    got = ops.packed_linear(
+        values[:, None], ops.prepack_linear(torch.ones(1, 1)), torch.zeros(1), activation=activation
+    )[:, 0]
+    assert (got.double() - exact).abs().div(exact.abs().clamp(min=1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_nan_stays_in_its_row_and_is_seen(activation, norm, bad):
+    single = in_float32(linear_arguments(4, 7, 9, activation, norm, residual=False))
+    single["input"][1, 3] = bad
+    got = ops.packed_linear(**prepacked(single))
+    expected = reference.packed_linear(**single)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.isfinite(got[[0, 2, 3]]).all()
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 3), st.integers(1, 5))
+def test_pruned_attention_is_softmax_within_sequences(lengths, heads, head_size):
+    bounds = [0, *itertools.accumulate(lengths)]
+    qkv = torch.randn(bounds[-1], 3 * heads * head_size, dtype=torch.float64)
+    got = ops.pruned_attention(qkv, torch.tensor(bounds, dtype=torch.int32), heads)
+    expected = torch.empty(bounds[-1], heads * head_size, dtype=torch.float64)
+    q, k, v = qkv.view(bounds[-1], 3, heads, head_size).unbind(1)
+    for start, end in itertools.pairwise(bounds):
+        for head in range(heads):
+            scores = q[start:end, head] @ k[start:end, head].T / head_size**0.5
+            columns = slice(head * head_size, (head + 1) * head_size)
+            expected[start:end, columns] = scores.softmax(-1) @ v[start:end, head]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@given(st.data())
+def test_encoder_on_any_mask(backend, data):
+    batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    num_heads = data.draw(st.lists(st.integers(0, 3), min_size=0, max_size=2))
+    widths = [data.draw(st.integers(0, 9)) for _ in num_heads]
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length)))
+    mask = data.draw(st.sampled_from([None, mask.view(batch, length), mask.view(batch, length).float()]))
+    hidden = torch.randn(batch, length, HIDDEN, dtype=torch.float64)
+    norm = data.draw(st.sampled_from(["layer_norm", "no_norm"]))
+    exact, single = (random_layers(num_heads, widths, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    oracle = reference.encoder(hidden, mask, exact, num_heads, "gelu", norm, 1e-12)
+    own = reference.encoder(hidden.float(), mask, single, num_heads, "gelu", norm, 1e-12)
+    got = ops.encoder(hidden.float(), mask, single, num_heads, "gelu", norm, 1e-12, backend)
+    assert_as_exact_as_torch(got, own, oracle)
+    if mask is not None:
+        assert (got[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_stands_at_padded_positions_does_not_matter(backend):
+    weights, mask = random_layers([2], [5]), torch.tensor([[1, 0, 1], [0, 0, 0]])
+    hidden = torch.randn(2, 3, HIDDEN)
+    clean = ops.encoder(hidden, mask, weights, [2], backend=backend)
+    hidden[mask == 0] = float("nan")
+    dirty = ops.encoder(hidden, mask, weights, [2], backend=backend)
+    assert torch.equal(clean, dirty)
+    assert torch.equal(reference.encoder(hidden, mask, weights, [2], "gelu", "layer_norm", 1e-12)[1], torch.zeros(3, HIDDEN))
+
+
+# --------------------------------------------------------------------------------- citizens of torch.library
+
+
+def opcheck_cases():
+    """Op name -> list of (args, kwargs)."""
+    single = prepacked(in_float32(linear_arguments()))
+    plain = prepacked(in_float32(linear_arguments(norm="none", residual=False, activation="none")))
+    qkv, bounds = torch.randn(6, 3 * 2 * 4), torch.tensor([0, 2, 6], dtype=torch.int32)
+    hidden, mask = torch.randn(2, 3, HIDDEN), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    weights = random_layers([2, 0], [5, 3])
+    return {
+        "prepack_linear": [((torch.randn(9, 7),), {}), ((torch.randn(0, 7),), {})],
+        "packed_linear": [((), single), ((), plain)],
+        "pruned_attention": [((qkv, bounds, 2), {}), ((torch.randn(6, 0), bounds, 0), {})],
+        "encoder": [
+            ((hidden, mask, weights, [2, 0]), {}),
+            ((hidden, None, weights, [2, 0], "relu", "no_norm", 0.0, "reference"), {}),
+        ],
+    }
+
+
+@pytest.mark.parametrize(("name", "index"), [(name, i) for name, cases in opcheck_cases().items() for i in range(len(cases))])
+def test_opcheck(name, index):
+    args, kwargs = opcheck_cases()[name][index]
+    torch.library.opcheck(getattr(torch.ops.packedbert, name).default, args, kwargs)
+
+
+def test_every_op_is_checked():
+    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("packedbert::")}
+    assert registered == set(opcheck_cases())
+
+
+def test_ops_have_no_silent_gradient():
+    single = prepacked(in_float32(linear_arguments()))
+    single["input"].requires_grad_()
+    with pytest.raises(RuntimeError, match="packed_linear has no gradient: call the function of that name"):
+        ops.packed_linear(**single).sum().backward()
+
+
+# -------------------------------------------------------------------------------------------------- the cache
+
+
+def test_the_cache_follows_the_weights():
+    weights, hidden, cache = random_layers([1], [4]), torch.randn(1, 3, HIDDEN), ops.PrepackCache()
+
+    def run():
+        return ops.encoder(hidden, None, weights, [1], backend="cpu", cache=cache.key)
+
+    def fresh():
+        return ops.encoder(hidden, None, weights, [1], backend="cpu")
+
+    first = run()
+    assert torch.equal(first, fresh())
+    up = LayerWeights._fields.index("up_weight")
+    weights[up].mul_(2)  # in place
+    assert not torch.equal(run(), first)
+    assert torch.equal(run(), fresh())
+    weights[up] = torch.randn_like(weights[up])  # replaced
+    assert torch.equal(run(), fresh())
+    weights[up].data.mul_(2)  # not counted by PyTorch: documented
+    assert not torch.equal(run(), fresh())
+    cache.clear()
+    assert torch.equal(run(), fresh())
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"weight": torch.zeros(1, 8, 32)}, "weight"),
+        ({"bias": torch.zeros(9, 1)}, "bias"),
+        ({"activation": "swish"}, "activation"),
+        ({"norm": "rms"}, "norm"),
+        ({"norm_weight": None}, "norm_weight"),
+        ({"norm_bias": torch.zeros(8)}, "norm_bias"),
+        ({"residual": torch.zeros(4, 9)}, "residual"),
+        ({"input": torch.zeros(5, 7, dtype=torch.float64)}, "input"),
+    ],
+)
+def test_packed_linear_says_what_does_not_fit(changes, text):
+    arguments = {**prepacked(in_float32(linear_arguments())), **changes}
+    with pytest.raises((ValueError, RuntimeError), match=rf"packedbert::packed_linear: {text}: expected .*, got "):
+        ops.packed_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "bounds", "heads", "text"),
+    [
+        (torch.zeros(4, 7), torch.tensor([0, 4], dtype=torch.int32), 1, "qkv"),
+        (torch.zeros(4, 6), torch.tensor([0, 4]), 1, "cu_seqlens"),
+        (torch.zeros(4, 6), torch.tensor([0, 3], dtype=torch.int32), 1, "cu_seqlens"),
+        (torch.zeros(4, 6), torch.tensor([0, 3, 2, 4], dtype=torch.int32), 1, "cu_seqlens"),
+        (torch.zeros(4, 6), torch.tensor([0, 4], dtype=torch.int32), -1, "num_heads"),
+    ],
+)
+def test_pruned_attention_says_what_does_not_fit(qkv, bounds, heads, text):
+    with pytest.raises(ValueError, match=rf"packedbert::pruned_attention: {text}: expected .*, got "):
+        ops.pruned_attention(qkv, bounds, heads)
+
+
+def test_encoder_says_what_does_not_fit():
+    weights, hidden = random_layers([1], [4]), torch.zeros(2, 3, HIDDEN)
+    with pytest.raises(ValueError, match=r"encoder: attention_mask: expected \[2, 3\] or None, got \[2, 4\]"):
+        ops.encoder(hidden, torch.ones(2, 4), weights, [1])
+    with pytest.raises(ValueError, match=r"encoder: weights: expected 12 tensors for 1 layers, got 11"):
+        ops.encoder(hidden, None, weights[1:], [1])
+    with pytest.raises(ValueError, match="backend: expected one of auto, cpu, reference, got 'tpu'"):
+        ops.encoder(hidden, None, weights, [1], backend="tpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu' was asked for, but the model is in torch.float64"):
+        ops.encoder(hidden.double(), None, [w.double() for w in weights], [1], backend="cpu")
