@@ -1,16 +1,16 @@
 """packedbert: structurally pruned BERTs as fast as the weights that are left allow.
 
-    import packedbert
-    model = packedbert.patch_model(model)          # a BERT that is in memory, or
-    model = packedbert.load("id-or-folder")        # a pruned checkpoint, or
-    model = AutoModelForQuestionAnswering.from_pretrained(
-        "id-or-folder", quantization_config=packedbert.PackedBertConfig())
+import packedbert
+model = packedbert.patch_model(model)          # a BERT that is in memory, or
+model = packedbert.load("id-or-folder")        # a pruned checkpoint, or
+model = AutoModelForQuestionAnswering.from_pretrained(
+    "id-or-folder", quantization_config=packedbert.PackedBertConfig())
 """
 
 from . import ops
-from .dispatch import BackendStatus, PackedBertWarning, backends
 from .checkpoint import CheckpointError
 from .config import PackedBertConfig
+from .dispatch import BackendStatus, PackedBertWarning, backends
 from .hf import load
 from .patch import patch_model, unpatch_model
 from .qa import QuestionAnswerer, squad_metrics

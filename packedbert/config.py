@@ -62,9 +62,7 @@ class PackedBertConfig(QuantizationConfigMixin):
         """
         unknown = changes.keys() - {"backend", "keep_original", "layers"}
         if unknown:
-            raise TypeError(
-                f"PackedBertConfig: expected backend or keep_original, got {', '.join(sorted(unknown))}"
-            )
+            raise TypeError(f"PackedBertConfig: expected backend or keep_original, got {', '.join(sorted(unknown))}")
         fields = {"backend": self.backend, "keep_original": self.keep_original, "layers": self.layers}
         return PackedBertConfig(**{**copy.copy(fields), **changes})
 

@@ -142,7 +142,7 @@ def _empty_layers(structure: EncoderStructure) -> list[LayerWeights]:
     layers = []
     for heads, width in structure.layers:
         inner = len(heads) * structure.head_size
-        shapes = LayerWeights(
+        shapes: tuple[tuple[int, ...], ...] = (
             *((3 * inner, hidden), (3 * inner,), (hidden, inner), (hidden,), (hidden,), (hidden,)),
             *((width, hidden), (width,), (hidden, width), (hidden,), (hidden,), (hidden,)),
         )
@@ -205,7 +205,9 @@ class PackedBertModel(BertModel):
         return_dict = _option(kwargs, "return_dict", getattr(config, "return_dict", True))
         output_attentions = _option(kwargs, "output_attentions", config.output_attentions)
         output_hidden_states = _option(kwargs, "output_hidden_states", config.output_hidden_states)
-        refused = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None and value is not False]
+        refused = [
+            name for name, value in kwargs.items() if name not in _IGNORED and value is not None and value is not False
+        ]
         if refused:
             raise ValueError(
                 f"PackedBertModel.forward: expected the arguments of a BERT encoder, got also {', '.join(refused)}; "
@@ -289,7 +291,9 @@ def _check_inputs(
         ValueError: anything that doesn't fit.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("expected exactly one of input_ids and inputs_embeds, got " + ("neither" if input_ids is None else "both"))
+        raise ValueError(
+            "expected exactly one of input_ids and inputs_embeds, got " + ("neither" if input_ids is None else "both")
+        )
     if input_ids is not None:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: expected [batch, length], got {list(input_ids.shape)}")

@@ -15,7 +15,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -99,16 +99,18 @@ def _packed_linear_check(
     _check(bias.dim() == 1, op, "bias", "[out_features]", list(bias.shape))
     out_features = bias.shape[0]
     shape = _prepacked_shape(out_features, input.shape[-1], input.device)
-    _check(tuple(weight.shape) == shape, op, "weight", f"{list(shape)}, as prepack_linear returns it", list(weight.shape))
+    _check(
+        tuple(weight.shape) == shape, op, "weight", f"{list(shape)}, as prepack_linear returns it", list(weight.shape)
+    )
     _check(activation in ACTIVATIONS, op, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     _check(norm in NORMS, op, "norm", f"one of {', '.join(NORMS)}", repr(norm))
     output_shape = [*input.shape[:-1], out_features]
     if residual is not None:
         _check(list(residual.shape) == output_shape, op, "residual", output_shape, list(residual.shape))
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if norm != "none":
-            got = None if tensor is None else list(tensor.shape)
-            _check(got == [out_features], op, name, [out_features], got)
+        expected = None if norm == "none" else [out_features]
+        got = None if tensor is None else list(tensor.shape)
+        _check(got == expected, op, name, f"{expected} with norm {norm!r}", got)
 
 
 def _packed_linear_default(
@@ -158,7 +160,8 @@ def packed_linear(
         input: [..., in_features].
         weight: W as `prepack_linear` returned it on this device.
         bias: [out_features].
-        activation: "none", "relu", "gelu" (x * Phi(x)) or "gelu_new" (its tanh approximation).
+        activation: "none", "relu", "gelu" (x * Phi(x); the native kernel gives the limit 0 at -inf, where the
+            formula gives NaN) or "gelu_new" (its tanh approximation).
         residual: None or [..., out_features].
         norm: "none", "layer_norm" (biased variance over out_features) or "no_norm" (y * norm_weight + norm_bias).
         norm_weight: [out_features] if there is a norm.
@@ -240,8 +243,8 @@ class PrepackCache:
     the op is also what lets a compiled graph notice that a weight changed.
     """
 
-    _keys = itertools.count(1)
-    _live: "weakref.WeakValueDictionary[int, PrepackCache]" = weakref.WeakValueDictionary()
+    _keys: ClassVar = itertools.count(1)
+    _live: ClassVar["weakref.WeakValueDictionary[int, PrepackCache]"] = weakref.WeakValueDictionary()
 
     def __init__(self) -> None:
         self.key = next(self._keys)
@@ -281,9 +284,7 @@ class PrepackCache:
         return entry.prepacked
 
 
-def _prepacked_layers(
-    weights: Sequence[Tensor], backend: str, cache: PrepackCache
-) -> list[LayerWeights]:
+def _prepacked_layers(weights: Sequence[Tensor], backend: str, cache: PrepackCache) -> list[LayerWeights]:
     """The weights of all layers with the four matrices of each in the layout that the backend's kernels read."""
     if backend == "reference":
         return reference.split_layers(weights)
@@ -302,7 +303,9 @@ def _encoder_check(
     _check(hidden_states.dim() == 3, op, "hidden_states", "[batch, length, hidden_size]", list(hidden_states.shape))
     if attention_mask is not None:
         shape = list(hidden_states.shape[:2])
-        _check(list(attention_mask.shape) == shape, op, "attention_mask", f"{shape} or None", list(attention_mask.shape))
+        _check(
+            list(attention_mask.shape) == shape, op, "attention_mask", f"{shape} or None", list(attention_mask.shape)
+        )
     expected = len(num_heads) * len(LayerWeights._fields)
     _check(len(weights) == expected, op, "weights", f"{expected} tensors for {len(num_heads)} layers", len(weights))
 

@@ -152,7 +152,7 @@ def install_encoder(bert: BertModel, encoder: PackedEncoder) -> None:
 
 def replace_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Put a NoNorm with the same parameters in place of every LayerNorm; return the replaced ones by name."""
-    replaced = {name: module for name, module in model.named_modules() if type(module) is nn.LayerNorm}
+    replaced: dict[str, Any] = {name: module for name, module in model.named_modules() if type(module) is nn.LayerNorm}
     for name, norm in replaced.items():
         assert norm.weight is not None
         assert norm.bias is not None
@@ -227,7 +227,9 @@ def report_of(model: nn.Module) -> PatchReport:
     """
     report = getattr(model, "packedbert_report", None)
     if report is None:
-        raise ValueError(f"expected a model from patch_model or packedbert.load, got a {type(model).__name__} without a report")
+        raise ValueError(
+            f"expected a model from patch_model or packedbert.load, got a {type(model).__name__} without a report"
+        )
     return report
 
 
@@ -251,7 +253,8 @@ def _find_berts(model: nn.Module) -> dict[str, BertModel]:
     for name, bert in berts.items():
         if isinstance(bert, PackedBertModel):
             raise ValueError(
-                f"patch_model: {name or 'the model'} is packed already; unpatch_model(model) first to pack it differently"
+                f"patch_model: {name or 'the model'} is packed already; "
+                "unpatch_model(model) first, to pack it differently"
             )
         if type(bert) is not BertModel:
             raise TypeError(
@@ -317,7 +320,9 @@ def _dense_layer(layer: Any, name: str, head_size: int, eps: float) -> DenseLaye
     norms = {"attention_norm": attention.output.LayerNorm, "output_norm": layer.output.LayerNorm}
     for part, module in {**linears, **norms}.items():
         is_norm = part in norms
-        known = type(module) is nn.LayerNorm or type(module).__name__ == "NoNorm" if is_norm else type(module) is nn.Linear
+        known = (
+            type(module) is nn.LayerNorm or type(module).__name__ == "NoNorm" if is_norm else type(module) is nn.Linear
+        )
         if not known or module.weight is None or module.bias is None:
             raise TypeError(
                 f"patch_model: {name}: expected {'LayerNorm' if is_norm else 'nn.Linear'} with a bias as {part}, got "
@@ -329,16 +334,21 @@ def _dense_layer(layer: Any, name: str, head_size: int, eps: float) -> DenseLaye
     dense = DenseLayer(**parts)
     inner, hidden = dense.value_weight.shape
     width = dense.up_weight.shape[0]
-    expected = DenseLayer(
+    expected: tuple[tuple[int, ...], ...] = (
         *((inner, hidden), (inner,)) * 3,
         *((hidden, inner), (hidden,), (hidden,), (hidden,)),
         *((width, hidden), (width,), (hidden, width), (hidden,), (hidden,), (hidden,)),
     )
     for part, tensor, shape in zip(DenseLayer._fields, dense, expected, strict=True):
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: {part}: expected {list(shape)} to agree with the layer's other weights, got {list(tensor.shape)}")
+            raise ValueError(
+                f"{name}: {part}: expected {list(shape)} to agree with the layer's other weights, "
+                f"got {list(tensor.shape)}"
+            )
         if tensor.is_meta:
-            raise ValueError(f"{name}: {part}: expected weights, got a tensor on the meta device; load the checkpoint first")
+            raise ValueError(
+                f"{name}: {part}: expected weights, got a tensor on the meta device; load the checkpoint first"
+            )
         if (tensor.device, tensor.dtype) != (dense.value_weight.device, dense.value_weight.dtype):
             raise ValueError(
                 f"{name}: {part}: expected {dense.value_weight.dtype} on {dense.value_weight.device} like the layer's "
@@ -360,7 +370,7 @@ def _give_own_config(model: nn.Module, bert: BertModel, structure: EncoderStruct
     old = bert.config
     new = copy.deepcopy(old)
     new.quantization_config = PackedBertConfig(layers=structure.layers)
-    names = [name for name, module in model.named_modules() if getattr(module, "config", None) is old]
+    names = [name for name, module in model.named_modules() if module.__dict__.get("config") is old]
     for name in names:
         model.get_submodule(name).config = new
     return names, old

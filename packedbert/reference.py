@@ -4,6 +4,7 @@ These functions say what the ops *mean*. They run in any floating dtype (tests r
 compare the kernels with that), on any device, under autograd and under `torch.compile`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -55,7 +56,8 @@ def normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, 
     if norm == "layer_norm":
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     if norm == "no_norm":
-        assert weight is not None and bias is not None
+        assert weight is not None
+        assert bias is not None
         return x * weight + bias
     return x
 
@@ -103,7 +105,7 @@ def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> Tensor:
     if num_heads == 0 or qkv.shape[0] == 0:
         return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if len(set(lengths)) == 1:  # a rectangle: one call instead of one per sequence
         rectangle = qkv.view(len(lengths), lengths[0], -1)
         context = F.scaled_dot_product_attention(*_split_heads(rectangle, num_heads))
@@ -238,9 +240,7 @@ def encoder(
     return x
 
 
-def _padded_attention(
-    qkv: Tensor, heads: int, bias: Tensor | None, attentions: list[Tensor] | None
-) -> Tensor:
+def _padded_attention(qkv: Tensor, heads: int, bias: Tensor | None, attentions: list[Tensor] | None) -> Tensor:
     """Context [B, S, heads*D] of qkv [B, S, 3*heads*D]; the probabilities are appended to `attentions`, if given."""
     if heads == 0:
         if attentions is not None:

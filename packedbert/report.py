@@ -63,9 +63,14 @@ class PatchReport:
             box=box.SIMPLE_HEAD,
             show_footer=True,
         )
-        before, after = (sum(getattr(layer, f"parameters_{when}") for layer in self.layers) for when in ("before", "after"))
+        before, after = (
+            sum(getattr(layer, f"parameters_{when}") for layer in self.layers) for when in ("before", "after")
+        )
         total_heads, total_rows = s.num_heads * len(self.layers), s.intermediate_size * len(self.layers)
-        kept_heads, kept_rows = sum(len(layer.heads) for layer in self.layers), sum(layer.ffn_width for layer in self.layers)
+        kept_heads, kept_rows = (
+            sum(len(layer.heads) for layer in self.layers),
+            sum(layer.ffn_width for layer in self.layers),
+        )
         table.add_column("layer", "all", justify="right")
         table.add_column(f"heads of {s.num_heads}", f"{kept_heads} of {total_heads}", justify="right")
         table.add_column("heads kept")

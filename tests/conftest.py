@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "packedbert", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("packedbert")
+
+transformers.utils.logging.disable_progress_bar()  # its carriage returns drown what pytest prints
 
 #: Reference checkpoints, models and data that are too large for the repository.
 SHARED = Path(os.environ.get("PACKEDBERT_SHARED", Path(__file__).parents[2] / "shared"))

@@ -95,7 +95,9 @@ def some_pruning(config: BertConfig, seed: int = 0) -> tuple[list[list[str]], li
     return heads, rows
 
 
-def inputs(config: BertConfig, lengths: Sequence[int], length: int | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
+def inputs(
+    config: BertConfig, lengths: Sequence[int], length: int | None = None, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and token_type_ids of a right-padded batch with sequences of these lengths."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), length or max(lengths))

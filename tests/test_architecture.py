@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
-import packedbert
 import pytest
+
+import packedbert
 
 PACKAGE = Path(packedbert.__file__).parent
 

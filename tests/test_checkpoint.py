@@ -195,8 +195,9 @@ def test_a_patched_model_saves_packed(tmp_path):
     assert_same_bits(AutoModelForQuestionAnswering.from_pretrained(tmp_path), model)
     model.save_pretrained(tmp_path / "twice")
     packedbert.load(tmp_path).save_pretrained(tmp_path / "thrice")
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("twice", "thrice")]
-    assert files[0] == files[1]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("twice", "thrice"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_no_norm_checkpoint(tmp_path):
@@ -388,7 +389,7 @@ def test_damaged_packed_checkpoints_are_refused(tiny_checkpoint, tmp_path):
 
 
 def test_unknown_task_and_missing_folder(tmp_path):
-    with pytest.raises(ValueError, match="task: expected one of question-answering, .*, got 'translation'"):
+    with pytest.raises(ValueError, match=r"task: expected one of question-answering, .*, got 'translation'"):
         packedbert.load(tmp_path, task="translation")
     with pytest.raises(OSError, match="nowhere"):
         packedbert.load(tmp_path / "nowhere")
@@ -397,7 +398,7 @@ def test_unknown_task_and_missing_folder(tmp_path):
 def test_not_a_bert(tmp_path):
     config = transformers.RobertaConfig(**tiny_config().to_dict() | {"model_type": "roberta"})
     transformers.RobertaForQuestionAnswering(config).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="expected a BERT architecture .*, got RobertaForQuestionAnswering"):
+    with pytest.raises(TypeError, match=r"expected a BERT architecture .*, got RobertaForQuestionAnswering"):
         packedbert.load(tmp_path)
 
 

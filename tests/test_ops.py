@@ -66,7 +66,8 @@ def assert_as_exact_as_torch(got, torch_result, oracle):
 
 
 @pytest.mark.parametrize("isa", dispatch.NATIVE.available_isas() if dispatch.NATIVE else [])
-@pytest.mark.parametrize(("activation", "norm"), itertools.product(ACTIVATIONS, NORMS))
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_packed_linear_on_every_isa(isa, activation, norm):
     best = dispatch.NATIVE.isa()
     dispatch.NATIVE.set_isa(isa)
@@ -113,16 +114,22 @@ def test_activations_over_their_whole_range(activation):
     assert (got.double() - exact).abs().div(exact.abs().clamp(min=1)).max() < 1e-6
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_nan_stays_in_its_row_and_is_seen(activation, norm, bad):
+def test_a_nan_stays_in_its_row_and_is_seen(activation, norm):
     single = in_float32(linear_arguments(4, 7, 9, activation, norm, residual=False))
-    single["input"][1, 3] = bad
+    single["input"][1, 3] = float("nan")
     got = ops.packed_linear(**prepacked(single))
-    expected = reference.packed_linear(**single)
-    assert torch.equal(got.isnan(), expected.isnan())
+    assert got[1].isnan().all()
     assert torch.isfinite(got[[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_infinities_give_the_limit(activation):
+    values = torch.tensor([[float("inf")], [float("-inf")]])
+    got = ops.packed_linear(values, ops.prepack_linear(torch.ones(1, 1)), torch.zeros(1), activation=activation)
+    assert got[0] == float("inf")
+    assert got[1] == float("-inf") if activation == "none" else -1e-30 < got[1] <= 0
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(0, 3), st.integers(1, 5))
@@ -167,7 +174,9 @@ def test_what_stands_at_padded_positions_does_not_matter(backend):
     hidden[mask == 0] = float("nan")
     dirty = ops.encoder(hidden, mask, weights, [2], backend=backend)
     assert torch.equal(clean, dirty)
-    assert torch.equal(reference.encoder(hidden, mask, weights, [2], "gelu", "layer_norm", 1e-12)[1], torch.zeros(3, HIDDEN))
+    assert torch.equal(
+        reference.encoder(hidden, mask, weights, [2], "gelu", "layer_norm", 1e-12)[1], torch.zeros(3, HIDDEN)
+    )
 
 
 # --------------------------------------------------------------------------------- citizens of torch.library
@@ -191,14 +200,20 @@ def opcheck_cases():
     }
 
 
-@pytest.mark.parametrize(("name", "index"), [(name, i) for name, cases in opcheck_cases().items() for i in range(len(cases))])
+@pytest.mark.parametrize(
+    ("name", "index"), [(name, i) for name, cases in opcheck_cases().items() for i in range(len(cases))]
+)
 def test_opcheck(name, index):
     args, kwargs = opcheck_cases()[name][index]
     torch.library.opcheck(getattr(torch.ops.packedbert, name).default, args, kwargs)
 
 
 def test_every_op_is_checked():
-    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("packedbert::")}
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("packedbert::")
+    }
     assert registered == set(opcheck_cases())
 
 
@@ -278,7 +293,7 @@ def test_encoder_says_what_does_not_fit():
         ops.encoder(hidden, torch.ones(2, 4), weights, [1])
     with pytest.raises(ValueError, match=r"encoder: weights: expected 12 tensors for 1 layers, got 11"):
         ops.encoder(hidden, None, weights[1:], [1])
-    with pytest.raises(ValueError, match="backend: expected one of auto, cpu, reference, got 'tpu'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, cpu, reference, got 'tpu'"):
         ops.encoder(hidden, None, weights, [1], backend="tpu")
-    with pytest.raises(RuntimeError, match="backend 'cpu' was asked for, but the model is in torch.float64"):
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' was asked for, but the model is in torch\.float64"):
         ops.encoder(hidden.double(), None, [w.double() for w in weights], [1], backend="cpu")

@@ -36,10 +36,16 @@ def batch_for(model, lengths=(5, 9, 1, 7), length=11):
 
 def assert_same_on_real_tokens(got, expected, mask, atol=5e-6):
     """Compare all outputs; those with a position for each token only where it is real."""
+    # The stock model adds an empty tuple of cross attentions to the attentions that it was asked for.
+    expected = {name: value for name, value in expected.items() if not (isinstance(value, tuple) and not value)}
     assert got.keys() == expected.keys()
     mask = mask.bool().flatten(0, -2)
     for name in expected:
-        pairs = zip(got[name], expected[name], strict=True) if isinstance(expected[name], tuple) else [(got[name], expected[name])]
+        pairs = (
+            zip(got[name], expected[name], strict=True)
+            if isinstance(expected[name], tuple)
+            else [(got[name], expected[name])]
+        )
         for ours, theirs in pairs:
             assert ours.shape == theirs.shape, name
             if name == "attentions":
@@ -157,12 +163,16 @@ def test_empty_batches_give_empty_results(shape):
 def test_other_dtypes_work_and_say_that_they_are_slower(dtype):
     model = pruned().to(dtype)
     batch = batch_for(model)
-    expected = run(model, batch)
+    real = batch["attention_mask"].bool()
+    oracle = run(copy.deepcopy(model).double(), batch).last_hidden_state[real]
+    own_error = (run(model, batch).last_hidden_state[real] - oracle).abs().max()
     with pytest.warns(packedbert.PackedBertWarning, match=f"the model is in {dtype}") as caught:
         packedbert.patch_model(model)
     assert len(caught) == 1
-    tolerance = {torch.bfloat16: 5e-2, torch.float16: 5e-3, torch.float64: 1e-12}[dtype]
-    assert_same_on_real_tokens(run(model, batch), expected, batch["attention_mask"], atol=tolerance)
+    got = run(model, batch).last_hidden_state
+    assert got.dtype == dtype
+    rounding = 2 * torch.finfo(dtype).eps * oracle.abs().max()
+    assert (got[real] - oracle).abs().max() <= 2 * own_error + rounding
 
 
 def no_norm(model):
@@ -197,20 +207,23 @@ def test_no_norm_everywhere(architecture, already):
     model = packedbert.patch_model(no_norm(model) if already else model)
     assert_same_on_real_tokens(run(model, batch), expected, batch["attention_mask"])
     if not already:
-        assert isinstance(model.get_submodule("embeddings" if architecture == "BertModel" else "bert.embeddings").LayerNorm, NoNorm)
+        assert isinstance(
+            model.get_submodule("embeddings" if architecture == "BertModel" else "bert.embeddings").LayerNorm, NoNorm
+        )
         packedbert.unpatch_model(model)
         assert {name: type(module) for name, module in model.named_modules()} == original
 
 
 def test_sentence_transformers(tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.models")
     folder = tmp_path / "bert"
     bert = pruned(vocab_size=8)
     bert.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]))
     transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    words = sentence_transformers.models.Transformer(str(folder), max_seq_length=16)
-    pooling = sentence_transformers.models.Pooling(bert.config.hidden_size)
+    words = modules.Transformer(str(folder), max_seq_length=16)
+    pooling = modules.Pooling(bert.config.hidden_size)
     model = sentence_transformers.SentenceTransformer(modules=[words, pooling], device="cpu")
     sentences = ["a b c", "c", "b b b a a"]
     expected = model.encode(sentences)
@@ -300,7 +313,9 @@ def test_state_dict_goes_in_and_out():
             parameter.add_(0.01)
     assert not torch.allclose(run(other, batch).last_hidden_state, run(model, batch).last_hidden_state)
     other.load_state_dict(model.state_dict())
-    torch.testing.assert_close(run(other, batch).last_hidden_state, run(model, batch).last_hidden_state, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        run(other, batch).last_hidden_state, run(model, batch).last_hidden_state, rtol=0, atol=1e-6
+    )
     with pytest.raises(RuntimeError, match=r"encoder\.layer\.0\.attention\.self\.query\.weight"):
         other.load_state_dict(pruned().state_dict())
 
@@ -450,7 +465,10 @@ def test_a_model_that_cannot_be_packed_is_refused_unharmed(damage, error, text):
         packedbert.patch_model(model)
     assert [type(module) for module in model.modules()] == classes
     assert [parameter.requires_grad for parameter in model.parameters()] == gradients
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(model.state_dict().values(), state.values(), strict=True)
+    )
     assert not hasattr(model.config, "quantization_config")
 
 
@@ -461,8 +479,10 @@ def test_decoders_are_refused(options):
 
 
 def test_unknown_models_are_named():
-    roberta = transformers.RobertaModel(transformers.RobertaConfig(**tiny_config().to_dict() | {"model_type": "roberta"}))
-    with pytest.raises(TypeError, match="expected a model with a transformers.BertModel in it, got a RobertaModel"):
+    roberta = transformers.RobertaModel(
+        transformers.RobertaConfig(**tiny_config().to_dict() | {"model_type": "roberta"})
+    )
+    with pytest.raises(TypeError, match=r"expected a model with a transformers\.BertModel in it, got a RobertaModel"):
         packedbert.patch_model(roberta)
     with pytest.raises(TypeError, match="got a Linear"):
         packedbert.patch_model(nn.Linear(2, 2))
@@ -497,9 +517,9 @@ def test_impossible_choices(monkeypatch):
     model = pruned().double()
     batch = batch_for(model)
     expected, state = run(model, batch).last_hidden_state, copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="backend 'cpu' was asked for, but the model is in torch.float64"):
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' was asked for, but the model is in torch\.float64"):
         packedbert.patch_model(model, backend="cpu")
-    with pytest.raises(ValueError, match="backend: expected one of auto, cpu, reference, got 'cuda:0'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, cpu, reference, got 'cuda:0'"):
         packedbert.patch_model(model, backend="cuda:0")
     with pytest.raises(TypeError, match="expected backend or keep_original, got bakend"):
         packedbert.patch_model(model, bakend="cpu")
@@ -525,7 +545,11 @@ def test_the_environment_decides_for_auto(monkeypatch):
         ({"input_ids": torch.full((2, 4), -1)}, IndexError, r"input_ids: expected 0 to 60, got -1 to -1"),
         ({"token_type_ids": torch.full((2, 4), 2)}, IndexError, r"token_type_ids: expected 0 to 1, got 2"),
         ({"position_ids": torch.full((1, 4), 24)}, IndexError, r"position_ids: expected 0 to 23, got 24"),
-        ({"input_ids": torch.zeros(4, dtype=torch.long)}, ValueError, r"input_ids: expected \[batch, length\], got \[4\]"),
+        (
+            {"input_ids": torch.zeros(4, dtype=torch.long)},
+            ValueError,
+            r"input_ids: expected \[batch, length\], got \[4\]",
+        ),
         ({"inputs_embeds": torch.zeros(2, 4, 32)}, ValueError, "exactly one of input_ids and inputs_embeds, got both"),
         ({"input_ids": None}, ValueError, "exactly one of input_ids and inputs_embeds, got neither"),
         ({"encoder_hidden_states": torch.zeros(2, 4, 32)}, ValueError, "got also encoder_hidden_states"),
@@ -543,7 +567,7 @@ def test_bad_inputs(change, error, text):
 
 def test_too_long():
     model = packedbert.patch_model(pruned())
-    with pytest.raises(ValueError, match="expected at most 24 tokens .*, got 25"):
+    with pytest.raises(ValueError, match=r"expected at most 24 tokens .*, got 25"):
         run(model, inputs(model.config, [25]))
 
 
