@@ -45,7 +45,7 @@ def patch_model(model: nn.Module, config: PackedBertConfig | None = None, **over
 
     Args:
         model: a BertModel, a BertFor..., or anything that contains one (a sentence-transformers model, say). It is
-            put into evaluation mode, and its embeddings stop asking for gradients; unpatch_model undoes both.
+            put into evaluation mode, and embeddings and pooler stop asking for gradients; unpatch_model undoes both.
         config: how to run it; PackedBertConfig() if None.
         **overrides: fields of the config to change, e.g. `backend="reference"`.
 

@@ -98,6 +98,11 @@ def test_a_forced_isa_takes_or_raises(native_library):
     for isa in native_library.available_isas():
         run = run_python("import packedbert; print(packedbert.dispatch.cpu_isa())", PACKEDBERT_CPU_ISA=isa)
         assert run.stdout.strip() == isa, run.stderr
+        run = run_python(
+            "import packedbert, models; print(packedbert.patch_model(models.tiny_bert()).packedbert_report)",
+            PACKEDBERT_CPU_ISA=isa,
+        )
+        assert f"backend cpu ({isa})" in run.stdout, run.stderr
     run = run_python("import packedbert", PACKEDBERT_CPU_ISA="amx")
     assert run.returncode != 0
     assert "PACKEDBERT_CPU_ISA=amx: set_isa: expected one of [scalar" in run.stderr
@@ -140,6 +145,7 @@ def test_a_forced_isa_without_the_native_library_raises():
 def test_import_starts_no_thread_and_a_forked_child_works():
     code = """
 import os, threading, torch
+from transformers import BertModel
 before = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else threading.active_count()
 import packedbert
 after = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else threading.active_count()

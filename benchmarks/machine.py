@@ -1,0 +1,102 @@
+"""What a benchmark ran on, and what that machine can do at best: its sgemm rate, its FMA peak, its bandwidth."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "nncf", "packedbert")
+
+
+def cpu_name() -> str:
+    """The processor as the operating system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def describe(threads: int) -> dict[str, str]:
+    """Names and versions, one column of the CSV each."""
+    from packedbert import dispatch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "none"
+    return {
+        "date": date.today().isoformat(),
+        "cpu": cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads": str(threads),
+        "isa": dispatch.cpu_isa(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+class Sgemm:
+    """PyTorch's matrix product at a size that no cache limit holds back: the rate that L is counted in."""
+
+    SIZE = 2048
+
+    def __init__(self) -> None:
+        self.a, self.b = torch.randn(self.SIZE, self.SIZE), torch.randn(self.SIZE, self.SIZE)
+        self.out = torch.empty(self.SIZE, self.SIZE)
+        self.rate()
+
+    def rate(self) -> float:
+        """FLOP/s of one product."""
+        return 2 * self.SIZE**3 / seconds(lambda: torch.mm(self.a, self.b, out=self.out))
+
+
+def sgemm_rate(runs: int = 9) -> float:
+    """Median FLOP/s of PyTorch's sgemm with the current number of threads."""
+    sgemm = Sgemm()
+    return statistics.median(sgemm.rate() for _ in range(runs))
+
+
+def bandwidth(runs: int = 9) -> float:
+    """Median bytes/s of copying 256 MiB: bytes read and bytes written both count."""
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    copied = 2 * source.numel() * source.element_size()
+    return statistics.median(copied / seconds(lambda: target.copy_(source)) for _ in range(runs))
+
+
+def fma_peak(isa: str, threads: int) -> float | None:
+    """FLOP/s of a loop of fused multiply-adds on registers alone, for "avx2" or "avx512"; None without g++."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        return None
+    flags = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"]}[isa]
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "fma_peak"
+        source = Path(__file__).with_name("fma_peak.cpp")
+        subprocess.run([compiler, "-O2", "-std=c++20", "-pthread", *flags, source, "-o", program], check=True)
+        run = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
+    return float(run.stdout)
