@@ -164,7 +164,9 @@ def openvino_model(model: nn.Module) -> Any:
     openvino = need("openvino")
     ids, mask = example()
     return openvino.convert_model(
-        TwoInputs(model).eval(), example_input=(ids, mask), input=[("input_ids", [-1, -1]), ("attention_mask", [-1, -1])]
+        TwoInputs(model).eval(),
+        example_input=(ids, mask),
+        input=[("input_ids", [-1, -1]), ("attention_mask", [-1, -1])],
     )
 
 
@@ -195,7 +197,9 @@ def openvino_int8(model: nn.Module) -> Runner:
     nncf = need("nncf")
     batches = [tuple(tensor.numpy() for tensor in example(2, 128)) for _ in range(CALIBRATION_BATCHES)]
     dataset = nncf.Dataset(batches)
-    graph = nncf.quantize(openvino_model(model), dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
+    graph = nncf.quantize(
+        openvino_model(model), dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+    )
     return openvino_runner(graph)
 
 

@@ -13,8 +13,9 @@ from .config import PackedBertConfig
 from .dispatch import BackendStatus, PackedBertWarning, backends
 from .hf import load
 from .patch import patch_model, unpatch_model
-from .qa import QuestionAnswerer, squad_metrics
+from .qa import QuestionAnswerer
 from .report import PatchReport
+from .squad import squad_metrics
 
 __version__ = "0.1.0"
 

@@ -23,6 +23,7 @@ ORDER = (
     "patch",
     "hf",
     "qa",
+    "squad",
     "bench",
     "cli",
 )

@@ -17,7 +17,7 @@ from models import tiny_bert, tiny_config
 from safetensors.torch import load_file, save_file
 
 import packedbert
-from packedbert.qa import load_squad
+from packedbert.squad import load_squad
 
 ORACLE = os.environ.get("PACKEDBERT_ORACLE_PYTHON")
 VERSIONS = {"transformers": "4.57.6", "nn_pruning": "0.1.2"}
@@ -36,11 +36,8 @@ def ask(folder: Path, **job):
     job = {"out": str(folder / "out"), "report": str(folder / "report.json"), **job}
     file.write_text(json.dumps(job))
     worker = Path(__file__).with_name("oracle_worker.py")
-    # In its own folder and without PYTHONPATH, so that it cannot meet our packages.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [ORACLE, "-P", worker, file], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    # -I: no PYTHONPATH and no folder of ours on its path, so that it cannot meet our packages.
+    done = subprocess.run([ORACLE, "-I", worker, file], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{ORACLE} failed:\n{done.stderr[-4000:]}"
     return json.loads(Path(job["report"]).read_text())
 

@@ -22,17 +22,17 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = {word: index for index, word in enumerate([*SPECIAL, *LETTERS, *(f"##{x}" for x in LETTERS), "?", "."])}
 
 
-def make_tokenizer(**options):
+def make_tokenizer(cls="[CLS] ", **options):
     """WordPiece whose pieces are single letters: a word has as many tokens as letters."""
     tokenizer = Tokenizer(models.WordPiece(VOCABULARY, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        single=f"{cls}$A [SEP]",
+        pair=f"{cls}$A [SEP] $B:1 [SEP]:1",
         special_tokens=[(word, VOCABULARY[word]) for word in ("[CLS]", "[SEP]")],
     )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": cls.strip() or None, "sep_token": "[SEP]"}
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_input_names=inputs, **names, **options
@@ -275,6 +275,12 @@ def test_no_answer_has_the_lowest_score_of_the_windows(tokenizer):
     chance = math.exp(12) / (math.exp(12) + math.exp(9) + 8)
     assert null["score"] == pytest.approx(chance**2, rel=1e-3)
     assert null["score"] < answerer("q", context, **options)["score"]
+
+
+def test_without_a_cls_token_there_is_no_chance_of_no_answer():
+    answerer = QuestionAnswerer(Lookup(loud=["q"]), make_tokenizer(cls=""))
+    answers = answerer("q", "a b", top_k=9, handle_impossible_answer=True)
+    assert {answer["answer"]: answer["score"] for answer in answers} == {"a": 0.25, "a b": 0.25, "b": 0.25, "": 0.0}
 
 
 def test_equal_texts_are_one_answer_whatever_their_case(tokenizer):

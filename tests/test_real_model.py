@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import packedbert
-from packedbert.qa import load_squad, squad_examples
+from packedbert.squad import load_squad, squad_examples
 
 QUESTIONS = 1000
 
@@ -34,14 +34,18 @@ def test_patched_and_stock_give_the_same_answers(answers, capsys):
     ids, stock, patched, data = answers
     assert len(ids) == QUESTIONS
     different = [
-        (one, other) for one, other in zip(stock, patched, strict=True) if (one["start"], one["end"]) != (other["start"], other["end"])
+        (one, other)
+        for one, other in zip(stock, patched, strict=True)
+        if (one["start"], one["end"]) != (other["start"], other["end"])
     ]
     metrics = [
         packedbert.squad_metrics({id: answer["answer"] for id, answer in zip(ids, given, strict=True)}, data)
         for given in (stock, patched)
     ]
     with capsys.disabled():
-        print(f"\nminilm-qa on {QUESTIONS} questions, stock and patched: {metrics}; different answers: {len(different)}")
+        print(
+            f"\nminilm-qa on {QUESTIONS} questions, stock and patched: {metrics}; different answers: {len(different)}"
+        )
     assert not different
     assert metrics[0] == metrics[1]
     scores = torch.tensor([[answer["score"] for answer in given] for given in (stock, patched)])

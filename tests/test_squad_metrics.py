@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packedbert import squad_metrics
-from packedbert.qa import load_squad, squad_examples
+from packedbert.squad import load_squad, squad_examples
 
 
 def dataset(*golds):

@@ -1,0 +1,166 @@
+"""The whole model, end to end, against every peer: `python benchmarks/bench_model.py [--quick|--tiny]`.
+
+Every row of the CSV is one peer in one cell (batch, length). Peers are built once and checked against PyTorch eager;
+then they take turns, with an sgemm between them, so that a machine that drifts drifts for all. L is the time that the
+model's floating-point operations take at the rate of the sgemms of the same cell. "hot": a peer runs twice in a row and
+the second time counts. "cold": only calls after all the other peers' count, when their weights have left the caches.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import machine
+import torch
+import transformers
+from peers import PEERS, Missing, Peer, Runner
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from packedbert import bench
+
+RESULTS = Path(__file__).parent / "results"
+CELLS = ((1, 32), (1, 128), (1, 384), (8, 128), (8, 384), (32, 128))
+QUICK_CELLS = ((1, 32), (1, 128), (8, 128))
+TINY_CELLS = ((1, 8), (2, 16))
+
+#: Seconds that a peer is timed for in a cell, and the fewest and most calls.
+BUDGET, LEAST, MOST = 4.0, 5, 40
+
+#: Largest difference from PyTorch eager that a peer's logits may have, as a multiple of their spread.
+TOLERANCE = {"fp32": 1e-4, "int8": 0.5}
+
+console = Console(stderr=True)
+
+
+def batches(batch: int, length: int, vocab_size: int, count: int = 4) -> list[tuple[Tensor, Tensor]]:
+    """Different ids for each call; no padding."""
+    low = min(1000, vocab_size // 2)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    return [(torch.randint(low, vocab_size, (batch, length)), mask) for _ in range(count)]
+
+
+def build(model: nn.Module, peers: tuple[Peer, ...]) -> dict[Peer, Runner]:
+    """All peers that can run the model here; the others are named."""
+    runners = {}
+    for peer in track(peers, "building the peers", console=console, transient=True):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                runners[peer] = peer.build(model)
+        except Missing as reason:
+            console.print(f"skipped {peer.name} ({peer.precision}): {reason}")
+    return runners
+
+
+def check(runners: dict[Peer, Runner], expected: Tensor, data: tuple[Tensor, Tensor]) -> None:
+    """Every peer has to give the answers before its time counts.
+
+    Raises:
+        SystemExit: one doesn't.
+    """
+    for peer, run in runners.items():
+        error = (run(*data) - expected).abs().max().item() / expected.std().item()
+        if not error <= TOLERANCE[peer.precision]:
+            raise SystemExit(
+                f"{peer.name} ({peer.precision}) is wrong: its logits are off by {error:.3g} of their spread"
+            )
+
+
+def measure(runners: dict[Peer, Runner], data: list[tuple[Tensor, Tensor]]) -> tuple[dict[Peer, dict[str, Any]], float]:
+    """Seconds of each peer, hot and cold, and the median sgemm rate between them."""
+    for run in runners.values():
+        for inputs in data:
+            run(*inputs)
+    slowest = max(machine.seconds(lambda run=run: run(*data[0])) for run in runners.values())
+    rounds = max(LEAST, min(MOST, int(BUDGET / slowest)))
+    times: dict[Peer, dict[str, list[float]]] = {peer: {"hot": [], "cold": []} for peer in runners}
+    sgemm, rates = machine.Sgemm(), []
+    for index in range(rounds):
+        rates.append(sgemm.rate())
+        for peer, run in runners.items():
+            first, second = data[index % len(data)], data[(index + 1) % len(data)]
+            times[peer]["cold"].append(machine.seconds(lambda run=run, first=first: run(*first)))
+            times[peer]["hot"].append(machine.seconds(lambda run=run, second=second: run(*second)))
+    return times, statistics.median(rates)
+
+
+def rows(
+    structure: bench.Structure, model_kind: str, runners: dict[Peer, Runner], cells: tuple[tuple[int, int], ...]
+) -> Iterator[dict[str, Any]]:
+    """The CSV's rows for one model."""
+    for batch, length in track(cells, f"{structure.name}, {model_kind}", console=console, transient=True):
+        data = batches(batch, length, structure.vocab_size)
+        eager = next(run for peer, run in runners.items() if peer.name == "PyTorch eager")
+        check(runners, eager(*data[0]), data[0])
+        times, rate = measure(runners, data)
+        flops = structure.flops(batch, length)
+        for peer, by_cache in times.items():
+            for cache, seconds in by_cache.items():
+                low, median, high = statistics.quantiles(seconds, n=4)
+                yield {
+                    "structure": structure.name,
+                    "model": model_kind,
+                    "peer": peer.name,
+                    "precision": peer.precision,
+                    "batch": batch,
+                    "length": length,
+                    "cache": cache,
+                    "calls": len(seconds),
+                    "median_ms": round(1e3 * median, 4),
+                    "quartile_1_ms": round(1e3 * low, 4),
+                    "quartile_3_ms": round(1e3 * high, 4),
+                    "gflop": round(flops / 1e9, 4),
+                    "sgemm_gflops": round(rate / 1e9, 1),
+                    "time_over_L": round(median * rate / flops, 4),
+                }
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Fewer cells, fp32 peers only: about two minutes.")
+@click.option("--tiny", is_flag=True, help="A toy structure: seconds; checks that the benchmark still runs.")
+@click.option("--dense/--no-dense", default=True, show_default=True, help="Also the unpruned BERT-base.")
+@click.option("--threads", default=torch.get_num_threads(), show_default=True, help="Threads of every peer.")
+@click.option("--out", type=click.Path(path_type=Path), help="CSV to write; default: benchmarks/results/model.csv.")
+def main(quick: bool, tiny: bool, dense: bool, threads: int, out: Path | None) -> None:
+    """Time packedbert and its peers on the seed's structure."""
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    structure = bench.STRUCTURES["tiny"] if tiny else bench.SEED
+    cells = TINY_CELLS if tiny else QUICK_CELLS if quick else CELLS
+    peers = tuple(peer for peer in PEERS if peer.precision == "fp32") if quick or tiny else PEERS
+    about = machine.describe(threads)
+    about |= {"fma_gflops": "", "copy_gb_s": f"{machine.bandwidth() / 1e9:.1f}"}
+    if about["isa"] in ("avx2", "avx512") and (peak := machine.fma_peak(about["isa"], threads)):
+        about["fma_gflops"] = f"{peak / 1e9:.1f}"
+
+    found: list[dict[str, Any]] = []
+    models = [("packed", structure)] + ([("dense", structure.unpruned())] if dense else [])
+    for kind, shape in models:
+        runners = build(bench.build_stock(shape), peers)
+        found += rows(shape, kind, runners, cells)
+        del runners
+    out = out or RESULTS / "model.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*found[0], *about])
+        writer.writeheader()
+        writer.writerows({**row, **about} for row in found)
+    for row in found:
+        click.echo(
+            f"{row['model']:7}{row['peer']:17}{row['precision']:6}({row['batch']},{row['length']}) {row['cache']:5}"
+            f"{row['median_ms']:10.2f} ms {row['time_over_L']:7.3f} L"
+        )
+    click.echo(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()
