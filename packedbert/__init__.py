@@ -1,11 +1,13 @@
 """packedbert: structurally pruned BERTs as fast as the weights that are left allow.
 
-import packedbert
-model = packedbert.patch_model(model)          # a BERT that is in memory, or
-model = packedbert.load("id-or-folder")        # a pruned checkpoint, or
-model = AutoModelForQuestionAnswering.from_pretrained(
-    "id-or-folder", quantization_config=packedbert.PackedBertConfig())
+>>> import packedbert
+>>> model = packedbert.patch_model(model)          # a BERT that is in memory, or
+>>> model = packedbert.load("id-or-folder")        # a pruned checkpoint, or
+>>> model = AutoModelForQuestionAnswering.from_pretrained(
+...     "id-or-folder", quantization_config=packedbert.PackedBertConfig())
 """
+
+__version__ = "0.1.0"
 
 from . import ops
 from .checkpoint import CheckpointError
@@ -16,8 +18,6 @@ from .patch import patch_model, unpatch_model
 from .qa import QuestionAnswerer
 from .report import PatchReport
 from .squad import squad_metrics
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendStatus",

@@ -20,16 +20,16 @@ from .config import QUANT_METHOD, PackedBertConfig
 from .modules import PackedBertModel, PackedEncoder
 from .patch import encoder_structure, install_encoder, leave_report, patch_model, replace_norms
 
-#: Task names of `load`, as in transformers' pipelines, and the Auto class of each.
+#: Task names of `load`, as in transformers' pipelines; each with what follows "AutoModel" and "Bert" in class names.
 TASKS = {
-    "question-answering": "AutoModelForQuestionAnswering",
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "fill-mask": "AutoModelForMaskedLM",
-    "multiple-choice": "AutoModelForMultipleChoice",
-    "next-sentence-prediction": "AutoModelForNextSentencePrediction",
-    "pretraining": "AutoModelForPreTraining",
-    "feature-extraction": "AutoModel",
+    "question-answering": "ForQuestionAnswering",
+    "text-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "fill-mask": "ForMaskedLM",
+    "multiple-choice": "ForMultipleChoice",
+    "next-sentence-prediction": "ForNextSentencePrediction",
+    "pretraining": "ForPreTraining",
+    "feature-extraction": "",
 }
 
 
@@ -85,6 +85,13 @@ if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantizer(QUANT_METHOD)(PackedBertQuantizer)
 
 
+def stored_task(model_id: str | os.PathLike[str]) -> str:
+    """The task that a checkpoint was saved for, by its config; "feature-extraction" if it doesn't say."""
+    _check_folder(model_id)
+    architectures = AutoConfig.from_pretrained(model_id).architectures or []
+    return next((task for task, head in TASKS.items() if head and f"Bert{head}" in architectures), "feature-extraction")
+
+
 def load(
     model_id: str | os.PathLike[str],
     task: str = "question-answering",
@@ -113,6 +120,7 @@ def load(
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     config = config or PackedBertConfig()
+    _check_folder(model_id)
     if os.path.isdir(model_id):
         # from_pretrained would read the files before our hook sees them, and say less about what is wrong.
         read_shapes(checkpoint_files(model_id))
@@ -120,13 +128,20 @@ def load(
     stored = AutoConfig.from_pretrained(model_id, **{name: kwargs[name] for name in names if name in kwargs})
     if getattr(stored, "quantization_config", None) is None:
         kwargs["quantization_config"] = config
-    model = getattr(transformers, TASKS[task]).from_pretrained(model_id, **kwargs)
+    model = getattr(transformers, f"AutoModel{TASKS[task]}").from_pretrained(model_id, **kwargs)
     _forget_quantizer(model)
     encoder = _only_bert(model).encoder
     if encoder.backend != config.backend:
         encoder.backend = config.backend
         leave_report(model, encoder, None, model.packedbert_report.parameters_before)
     return model
+
+
+def _check_folder(model_id: str | os.PathLike[str]) -> None:
+    """What can only be a path has to be there; transformers would take it for a malformed hub id, and say so."""
+    text = os.fspath(model_id)
+    if (os.path.isabs(text) or text.startswith(".")) and not os.path.isdir(text):
+        raise FileNotFoundError(f"{text}: expected a folder with a checkpoint, found none")
 
 
 def _forget_quantizer(model: Any) -> None:

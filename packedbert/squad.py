@@ -46,6 +46,20 @@ def squad_examples(dataset: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]
         yield _field(entry, "id", str, place), _field(entry, "question", str, place), context
 
 
+def first_questions(dataset: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """A dataset with the first `limit` questions only (None: all), in the same format."""
+    left = sum(1 for _ in squad_examples(dataset)) if limit is None else limit
+    articles = []
+    for article in dataset["data"]:
+        paragraphs = []
+        for paragraph in article["paragraphs"]:
+            qas = paragraph["qas"][:left]
+            left -= len(qas)
+            paragraphs.append({**paragraph, "qas": qas})
+        articles.append({**article, "paragraphs": paragraphs})
+    return {**dataset, "data": articles}
+
+
 def squad_metrics(predictions: Mapping[str, str], dataset: Mapping[str, Any]) -> dict[str, float]:
     """The official SQuAD v1.1 evaluation (Rajpurkar et al. 2016), to the last digit.
 

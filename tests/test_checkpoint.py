@@ -15,7 +15,7 @@ from transformers import AutoModelForQuestionAnswering
 import packedbert
 from packedbert import PackedBertConfig
 from packedbert.checkpoint import pruned_heads, read_shapes
-from packedbert.hf import TASKS
+from packedbert.hf import TASKS, stored_task
 
 SEED_PARAMETERS = 46_161_559
 
@@ -172,12 +172,13 @@ def test_sharded_checkpoint(tiny_checkpoint):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_auto_class(task, tmp_path):
     """Both doors give the same bits, and a saved model comes back by itself."""
-    auto = getattr(transformers, TASKS[task])
-    architecture = auto._model_mapping[transformers.BertConfig].__name__
+    auto = getattr(transformers, f"AutoModel{TASKS[task]}")
+    architecture = f"Bert{TASKS[task] or 'Model'}"
     config = tiny_config()
     prune(tiny_bert(architecture, config), *some_pruning(config)).save_pretrained(tmp_path / "dense")
     loaded = packedbert.load(tmp_path / "dense", task=task)
     assert type(loaded).__name__ == architecture
+    assert stored_task(tmp_path / "dense") == task
     assert_same_bits(auto.from_pretrained(tmp_path / "dense", quantization_config=PackedBertConfig()), loaded)
     loaded.save_pretrained(tmp_path / "packed")
     for again in (auto.from_pretrained(tmp_path / "packed"), packedbert.load(tmp_path / "packed", task=task)):

@@ -1,0 +1,191 @@
+"""The `packedbert` command: every subcommand's happy path, JSON, and errors without tracebacks."""
+
+import gzip
+import json
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from models import prune, some_pruning, tiny_bert, tiny_config
+
+import packedbert
+from packedbert import bench
+from packedbert.cli import main
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "who", "where", "?", "."]
+CONTEXT = "The cat sat on a mat."
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], **options)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny question-answering model with its tokenizer, dense on disk."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = tiny_config(vocab_size=len(WORDS))
+    prune(tiny_bert("BertForQuestionAnswering", config), *some_pruning(config)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def squad(tmp_path):
+    """Three questions in SQuAD's format."""
+    qas = [{"id": str(i), "question": "Where?", "answers": [{"text": "mat", "answer_start": 17}]} for i in range(3)]
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": [{"context": CONTEXT, "qas": qas}]}]}))
+    return file
+
+
+def parsed(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_qa_from_options_files_and_standard_input(checkpoint, tmp_path):
+    (tmp_path / "context.txt").write_text(CONTEXT)
+    ask = ["qa", "--model", checkpoint, "-q", "Where?", "--json"]
+    expected = parsed(run(*ask, "-c", CONTEXT))
+    assert expected[0]["question"] == "Where?"
+    answer = expected[0]["answers"][0]
+    assert CONTEXT[answer["start"] : answer["end"]] == answer["answer"] != ""
+    assert parsed(run(*ask, "--context-file", tmp_path / "context.txt")) == expected
+    assert parsed(run(*ask, input=CONTEXT)) == expected
+    assert parsed(run(*ask, "-c", "-", input=CONTEXT)) == expected
+    item = {"question": "Where?", "context": CONTEXT}
+    (tmp_path / "list.json").write_text(json.dumps([item, item]))
+    (tmp_path / "lines.jsonl").write_text(json.dumps(item) + "\n" + json.dumps(item) + "\n")
+    for name in ("list.json", "lines.jsonl"):
+        rows = parsed(run("qa", "--model", checkpoint, "--input", tmp_path / name, "--json"))
+        assert [row["answers"][0]["answer"] for row in rows] == [answer["answer"]] * 2
+    assert len(parsed(run(*ask, "-c", CONTEXT, "--top-k", 3))[0]["answers"]) == 3
+    shown = run("qa", "--model", checkpoint, "-q", "Where?", "-c", CONTEXT)
+    assert shown.exit_code == 0
+    assert "%" in shown.output
+
+
+def test_inspect_dense_and_packed(checkpoint, tmp_path):
+    report = parsed(run("inspect", checkpoint, "--json"))
+    assert report["layers"][1]["heads"] == []
+    assert "stored parameters" in run("inspect", checkpoint).output
+    packedbert.load(checkpoint).save_pretrained(tmp_path)
+    packed = parsed(run("inspect", tmp_path, "--json"))
+    assert [layer["ffn_width"] for layer in packed["layers"]] == [layer["ffn_width"] for layer in report["layers"]]
+
+
+def test_eval(checkpoint, squad, tmp_path):
+    everything = parsed(run("eval", "--model", checkpoint, "--data", squad, "--json"))
+    assert everything["questions"] == 3
+    assert everything["backend"] == "cpu"
+    zipped = tmp_path / "squad.json.gz"
+    zipped.write_bytes(gzip.compress(squad.read_bytes()))
+    some = parsed(run("eval", "--model", checkpoint, "--data", zipped, "--limit", 2, "--json"))
+    assert some["questions"] == 2
+    stock = parsed(run("eval", "--model", checkpoint, "--data", squad, "--no-patch", "--json"))
+    assert (stock["exact_match"], stock["f1"]) == (everything["exact_match"], everything["f1"])
+    assert stock["backend"] == "stock transformers"
+    assert "questions/s" in run("eval", "--model", checkpoint, "--data", squad).output
+
+
+def test_eval_of_a_real_model(shared):
+    model, data = shared / "models" / "minilm-qa", shared / "data" / "squad-dev-v1.1-a.json.gz"
+    got = parsed(run("eval", "--model", model, "--data", data, "--limit", 50, "--json"))
+    assert got["f1"] > 60
+
+
+def test_bench(tmp_path):
+    arguments = ("bench", "--structure", "tiny", "--batch", 2, "--length", 8, "--runs", 3)
+    rows = parsed(run(*arguments, "--json", "--csv", tmp_path / "out.csv"))
+    assert [row["model"] for row in rows] == ["dense BERT, eager", "packed, eager", "packedbert"]
+    assert all(0 < row["quartile_1_ms"] <= row["median_ms"] <= row["quartile_3_ms"] for row in rows)
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 4
+    assert "x packed eager" in run(*arguments).output
+    listed = run("bench", "--list").output
+    assert all(name in listed for name in bench.STRUCTURES)
+
+
+def test_demo(checkpoint):
+    got = parsed(run("demo", "--structure", "tiny", "--json"))
+    assert got["difference"]["logits"] < 1e-5
+    assert got["parameters"]["packed"] < got["parameters"]["stored"] < got["parameters"]["dense"]
+    assert "largest difference" in run("demo", "--structure", "tiny").output
+    answers = parsed(run("demo", "--model", checkpoint, "--json"))["answers"]
+    assert len(answers) == 4
+    assert run("demo", "--model", checkpoint).exit_code == 0
+
+
+def test_backends_and_help():
+    assert "reference" in run("backends").output
+    for command in ("qa", "inspect", "eval", "bench", "demo", "backends"):
+        shown = run(command, "--help")
+        assert shown.exit_code == 0
+        assert "packedbert " in shown.output or command == "backends"
+    assert packedbert.__version__ in run("--version").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (("inspect", "/nowhere"), 1, "expected a folder with a checkpoint, found none"),
+        (("qa", "--model", "MODEL", "-c", "x"), 2, "a question is needed"),
+        (("qa", "--model", "MODEL", "-q", "Who?", "-c", " "), 0, ""),
+        (("qa", "--model", "MODEL", "-q", "Who?", "-c", "x", "--top-k", "0"), 1, "top_k: expected at least 1, got 0"),
+        (("qa", "--model", "MODEL", "-q", "Who?", "--input", "SQUAD"), 2, "--input brings questions"),
+        (("qa", "--model", "MODEL", "--input", "SQUAD"), 1, "expected {"),
+        (("qa", "--model", "MODEL", "-q", "Who?", "-c", "x", "--backend", "tpu"), 1, "expected one of auto, cpu"),
+        (("eval", "--model", "MODEL", "--data", "/nowhere.json"), 1, "/nowhere.json: expected a SQuAD file"),
+        (("eval", "--model", "MODEL", "--data", "MODEL/vocab.txt"), 1, "expected JSON"),
+        (("bench", "--structure", "nothing"), 2, "expected one of"),
+        (("bench", "--structure", "tiny", "--length", "65"), 2, "expected at most 64 tokens, got 65"),
+    ],
+)
+def test_errors_are_one_line(checkpoint, squad, arguments, code, text):
+    arguments = [argument.replace("MODEL", str(checkpoint)).replace("SQUAD", str(squad)) for argument in arguments]
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert text in result.output
+    assert "Traceback" not in result.output
+
+
+def test_debug_shows_the_error():
+    result = run("--debug", "inspect", "/nowhere")
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_the_models_of_a_race_are_the_same_model():
+    models = bench.build_models(bench.STRUCTURES["tiny"])
+    batch = bench.random_batch(bench.STRUCTURES["tiny"], 3, 9, ragged=True)
+    assert bench.exactness(models.patched, models.eager, batch).logits < 1e-5
+    with torch.no_grad():
+        models.eager.qa_outputs.weight.mul_(1.5)
+    assert bench.exactness(models.patched, models.eager, batch).logits > 1e-3
+
+
+def test_flops_are_those_of_the_products():
+    """Counted once more, from the modules' shapes."""
+    shape = bench.STRUCTURES["tiny"]
+    model = bench.build_stock(shape)
+    linear = sum(2 * 3 * 5 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    attention = sum(2 * 2 * 3 * 5 * 5 * heads * 16 for heads in shape.heads)
+    assert shape.flops(3, 5) == linear + attention
+
+
+def test_the_seed_is_the_seed(shared):
+    published = json.loads((shared / "reference" / "seed_structure.json").read_text())
+    assert bench.SEED.heads == tuple(published["heads_kept"])
+    assert bench.SEED.ffn_widths == tuple(published["ffn_width"])
+    assert {str(i): list(heads) for i, heads in enumerate(bench.SEED.pruned_heads)} == published["pruned_heads"]
+    others = json.loads((shared / "reference" / "published_structures.json").read_text())["models"]
+    ours = {(shape.heads, shape.ffn_widths) for shape in bench.STRUCTURES.values()}
+    assert {(tuple(m["heads_kept"]), tuple(map(int, m["ffn_width"]))) for m in others} <= ours
+
+
+def test_interleaved_takes_turns():
+    calls = []
+    seconds = bench.interleaved({"a": lambda i: calls.append(("a", i)), "b": lambda i: calls.append(("b", i))}, 3, 1)
+    assert calls == [(name, index) for index in (-1, 0, 1, 2) for name in "ab"]
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
