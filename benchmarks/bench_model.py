@@ -2,8 +2,8 @@
 
 Every row of the CSV is one peer in one cell (batch, length). Peers are built once and checked against PyTorch eager;
 then they take turns, with an sgemm between them, so that a machine that drifts drifts for all. L is the time that the
-model's floating-point operations take at the rate of the sgemms of the same cell. "hot": a peer runs twice in a row and
-the second time counts. "cold": only calls after all the other peers' count, when their weights have left the caches.
+model's floating-point operations take at the rate of the sgemms of the same cell. "cold" is a call after those of all
+other peers, whose weights have driven its own out of the caches; "hot" the call after that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import statistics
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +74,24 @@ def check(runners: dict[Peer, Runner], expected: Tensor, data: tuple[Tensor, Ten
             )
 
 
-def measure(runners: dict[Peer, Runner], data: list[tuple[Tensor, Tensor]]) -> tuple[dict[Peer, dict[str, Any]], float]:
-    """Seconds of each peer, hot and cold, and the median sgemm rate between them."""
+def measure(
+    runners: dict[Peer, Runner], data: list[tuple[Tensor, Tensor]]
+) -> tuple[dict[tuple[Peer, str], list[float]], float]:
+    """Seconds of each peer, cold and hot, and the median sgemm rate between them."""
     for run in runners.values():
         for inputs in data:
             run(*inputs)
-    slowest = max(machine.seconds(lambda run=run: run(*data[0])) for run in runners.values())
-    rounds = max(LEAST, min(MOST, int(BUDGET / slowest)))
-    times: dict[Peer, dict[str, list[float]]] = {peer: {"hot": [], "cold": []} for peer in runners}
-    sgemm, rates = machine.Sgemm(), []
-    for index in range(rounds):
-        rates.append(sgemm.rate())
-        for peer, run in runners.items():
-            first, second = data[index % len(data)], data[(index + 1) % len(data)]
-            times[peer]["cold"].append(machine.seconds(lambda run=run, first=first: run(*first)))
-            times[peer]["hot"].append(machine.seconds(lambda run=run, second=second: run(*second)))
-    return times, statistics.median(rates)
+
+    def call(run: Runner, ahead: int) -> Callable[[int], object]:
+        return lambda index: run(*data[(index + ahead) % len(data)])
+
+    calls: dict[Any, Callable[[int], object]] = {"sgemm": machine.Sgemm()}
+    for peer, run in runners.items():
+        calls[peer, "cold"], calls[peer, "hot"] = call(run, 0), call(run, 1)
+    trial = bench.interleaved(calls, 1)
+    rounds = max(LEAST, min(MOST, int(BUDGET / max(seconds for (seconds,) in trial.values()))))
+    times: dict[Any, list[float]] = bench.interleaved(calls, rounds, warmup=0)
+    return times, machine.Sgemm.FLOPS / statistics.median(times.pop("sgemm"))
 
 
 def rows(
@@ -102,25 +104,24 @@ def rows(
         check(runners, eager(*data[0]), data[0])
         times, rate = measure(runners, data)
         flops = structure.flops(batch, length)
-        for peer, by_cache in times.items():
-            for cache, seconds in by_cache.items():
-                low, median, high = statistics.quantiles(seconds, n=4)
-                yield {
-                    "structure": structure.name,
-                    "model": model_kind,
-                    "peer": peer.name,
-                    "precision": peer.precision,
-                    "batch": batch,
-                    "length": length,
-                    "cache": cache,
-                    "calls": len(seconds),
-                    "median_ms": round(1e3 * median, 4),
-                    "quartile_1_ms": round(1e3 * low, 4),
-                    "quartile_3_ms": round(1e3 * high, 4),
-                    "gflop": round(flops / 1e9, 4),
-                    "sgemm_gflops": round(rate / 1e9, 1),
-                    "time_over_L": round(median * rate / flops, 4),
-                }
+        for (peer, cache), seconds in times.items():
+            low, median, high = statistics.quantiles(seconds, n=4)
+            yield {
+                "structure": structure.name,
+                "model": model_kind,
+                "peer": peer.name,
+                "precision": peer.precision,
+                "batch": batch,
+                "length": length,
+                "cache": cache,
+                "calls": len(seconds),
+                "median_ms": round(1e3 * median, 4),
+                "quartile_1_ms": round(1e3 * low, 4),
+                "quartile_3_ms": round(1e3 * high, 4),
+                "gflop": round(flops / 1e9, 4),
+                "sgemm_gflops": round(rate / 1e9, 1),
+                "time_over_L": round(median * rate / flops, 4),
+            }
 
 
 @click.command()

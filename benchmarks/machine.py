@@ -9,12 +9,13 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
+
+from packedbert import dispatch
+from packedbert.bench import interleaved
 
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "nncf", "packedbert")
 
@@ -32,8 +33,6 @@ def cpu_name() -> str:
 
 def describe(threads: int) -> dict[str, str]:
     """Names and versions, one column of the CSV each."""
-    from packedbert import dispatch
-
     versions = {}
     for package in PACKAGES:
         try:
@@ -51,41 +50,27 @@ def describe(threads: int) -> dict[str, str]:
     }
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 class Sgemm:
     """PyTorch's matrix product at a size that no cache limit holds back: the rate that L is counted in."""
 
     SIZE = 2048
+    FLOPS = 2 * SIZE**3
 
     def __init__(self) -> None:
         self.a, self.b = torch.randn(self.SIZE, self.SIZE), torch.randn(self.SIZE, self.SIZE)
         self.out = torch.empty(self.SIZE, self.SIZE)
-        self.rate()
 
-    def rate(self) -> float:
-        """FLOP/s of one product."""
-        return 2 * self.SIZE**3 / seconds(lambda: torch.mm(self.a, self.b, out=self.out))
-
-
-def sgemm_rate(runs: int = 9) -> float:
-    """Median FLOP/s of PyTorch's sgemm with the current number of threads."""
-    sgemm = Sgemm()
-    return statistics.median(sgemm.rate() for _ in range(runs))
+    def __call__(self, _: int = 0) -> None:
+        """One product."""
+        torch.mm(self.a, self.b, out=self.out)
 
 
 def bandwidth(runs: int = 9) -> float:
     """Median bytes/s of copying 256 MiB: bytes read and bytes written both count."""
     source = torch.ones(1 << 26)
     target = torch.empty_like(source)
-    target.copy_(source)
-    copied = 2 * source.numel() * source.element_size()
-    return statistics.median(copied / seconds(lambda: target.copy_(source)) for _ in range(runs))
+    seconds = interleaved({"copy": lambda _: target.copy_(source)}, runs)["copy"]
+    return 2 * source.numel() * source.element_size() / statistics.median(seconds)
 
 
 def fma_peak(isa: str, threads: int) -> float | None:

@@ -98,11 +98,12 @@ class TwoInputs(nn.Module):
         return output.start_logits, output.end_logits
 
 
-def example(batch: int = 2, length: int = 64) -> tuple[Tensor, Tensor]:
+def example(model: Any, batch: int = 2, length: int = 64) -> tuple[Tensor, Tensor]:
     """A batch with padding, so that no exporter drops the mask."""
+    length = min(length, model.config.max_position_embeddings)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, length // 2 :] = 0
-    return torch.randint(1000, 20000, (batch, length)), mask
+    return torch.randint(model.config.vocab_size, (batch, length)), mask
 
 
 def onnx_file(model: nn.Module, folder: Path) -> Path:
@@ -113,7 +114,7 @@ def onnx_file(model: nn.Module, folder: Path) -> Path:
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     torch.onnx.export(
         TwoInputs(model).eval(),
-        example(),
+        example(model),
         file,
         dynamo=True,
         input_names=["input_ids", "attention_mask"],
@@ -162,7 +163,7 @@ def onnxruntime_int8(model: nn.Module) -> Runner:
 def openvino_model(model: nn.Module) -> Any:
     """OpenVINO's graph of the model, with free batch and length."""
     openvino = need("openvino")
-    ids, mask = example()
+    ids, mask = example(model)
     return openvino.convert_model(
         TwoInputs(model).eval(),
         example_input=(ids, mask),
@@ -195,7 +196,7 @@ def openvino_fp32(model: nn.Module) -> Runner:
 def openvino_int8(model: nn.Module) -> Runner:
     """OpenVINO after NNCF's static quantization for transformers."""
     nncf = need("nncf")
-    batches = [tuple(tensor.numpy() for tensor in example(2, 128)) for _ in range(CALIBRATION_BATCHES)]
+    batches = [tuple(tensor.numpy() for tensor in example(model, 2, 128)) for _ in range(CALIBRATION_BATCHES)]
     dataset = nncf.Dataset(batches)
     graph = nncf.quantize(
         openvino_model(model), dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)

@@ -1,12 +1,14 @@
 """What packing did to a model, as data and as a table for the terminal."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .structure import EncoderStructure, LayerStructure
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class PatchReport:
 
     def table(self) -> Table:
         """A rich table: a row a layer, and the totals."""
+        # rich takes a good part of the package's import time, and most processes never print a report.
+        from rich import box
+        from rich.table import Table
+
         s = self.structure
         backend = self.backend if self.isa == "none" else f"{self.backend} ({self.isa})"
         table = Table(
@@ -96,6 +102,8 @@ class PatchReport:
         return self.table()
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=110, no_color=True)
         with console.capture() as capture:
             console.print(self.table())
