@@ -144,7 +144,9 @@ def build_stock(structure: Structure, seed: int = 0, *, stored: bool = False) ->
     Args:
         structure: its widths.
         seed: of the weights.
-        stored: the FFN at full width, with zero rows, as nn_pruning's checkpoints store it; else narrow.
+        stored: the FFN at full width, as nn_pruning's checkpoints store it: the weights of rows that are gone are
+            zero, their biases and output columns are not (a constant that patching has to fold); else narrow, without
+            that constant.
     """
     config = BertConfig(
         vocab_size=structure.vocab_size,
@@ -196,30 +198,66 @@ def _random_weights(model: Any, structure: Structure, generator: torch.Generator
             parameter.zero_()
             # Drawn apart and copied: normal_ on a part of a matrix draws in another order.
             parameter[:rows, :columns] = 0.05 * torch.randn(rows, columns, generator=generator)
+        # From a generator of its own, so that narrow and stored models share all other weights.
+        more, gone = torch.Generator().manual_seed(generator.initial_seed() + 1), up.out_features - width
+        up.bias[width:] = 0.05 * torch.randn(gone, generator=more)
+        down.weight[:, width:] = 0.05 * torch.randn(hidden, gone, generator=more)
 
 
 class Models(NamedTuple):
     """One structure, run in three ways."""
 
     dense: nn.Module  # the unpruned BERT, stock
-    eager: nn.Module  # the narrow widths in stock modules, what nn_pruning's optimize_model made
+    eager: nn.Module  # the packed weights in stock modules of narrow widths, as nn_pruning's optimize_model made them
     patched: nn.Module  # the checkpoint's form, patched
 
 
 def build_models(structure: Structure, backend: str = "auto") -> Models:
-    """The contestants; `eager` and `patched` have the same weights."""
+    """The contestants; `eager` and `patched` have the same weights.
+
+    Raises:
+        RuntimeError: a backend that cannot run here.
+    """
     patched = patch_model(build_stock(structure, stored=True), keep_original=False, backend=backend)
-    return Models(build_stock(structure.unpruned()), build_stock(structure), patched)
+    return Models(build_stock(structure.unpruned()), _packed_eager(structure, patched), patched)
+
+
+@torch.no_grad()
+def _packed_eager(structure: Structure, patched: Any) -> nn.Module:
+    """Stock modules with the weights of a patched model (copies), folded constants included."""
+    model: Any = build_stock(structure)
+    model.qa_outputs.load_state_dict(patched.qa_outputs.state_dict())
+    model.bert.embeddings.load_state_dict(patched.bert.embeddings.state_dict())
+    for layer, packed in zip(model.bert.encoder.layer, patched.bert.encoder.layer, strict=True):
+        own, attention = packed.weights(), layer.attention
+        linears = (attention.self.query, attention.self.key, attention.self.value)
+        for name, whole in zip(("weight", "bias"), own[:2], strict=True):
+            for linear, part in zip(linears, whole.chunk(3), strict=True):
+                getattr(linear, name).copy_(part)
+        others = (attention.output.dense, attention.output.LayerNorm, layer.intermediate.dense)
+        for index, module in enumerate((*others, layer.output.dense, layer.output.LayerNorm)):
+            # LayerWeights: qkv, attention output and norm, up, down, output norm; a weight and a bias each.
+            module.weight.copy_(own[2 * index + 2])
+            module.bias.copy_(own[2 * index + 3])
+    return model
 
 
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def random_batch(structure: Structure, batch: int, length: int, *, ragged: bool = False) -> dict[str, Tensor]:
-    """Random ids; with `ragged`, sequences of random lengths, right-padded."""
-    lengths = torch.randint(1, length + 1, (batch,)) if ragged else torch.full((batch,), length)
+def random_batch(
+    structure: Structure, batch: int, length: int, *, ragged: bool = False, seed: int = 0
+) -> dict[str, Tensor]:
+    """Random ids, the same for the same seed; with `ragged`, sequences of random lengths, right-padded.
+
+    Returns: input_ids and attention_mask, int64 [batch, length].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.full((batch,), length)
+    if ragged:
+        lengths = torch.randint(1, length + 1, (batch,), generator=generator)
     return {
-        "input_ids": torch.randint(structure.vocab_size, (batch, length)),
+        "input_ids": torch.randint(structure.vocab_size, (batch, length), generator=generator),
         "attention_mask": (torch.arange(length)[None] < lengths[:, None]).long(),
     }
 
@@ -238,7 +276,8 @@ def exactness(patched: nn.Module, stock: nn.Module, batch: dict[str, Tensor]) ->
     real = batch["attention_mask"].bool()
 
     def outputs(model: Any) -> tuple[Tensor, Tensor]:
-        output = model(**batch, output_hidden_states=True)
+        # Not output_hidden_states=True: a packed model then takes the reference path, and its kernels go unmeasured.
+        output = model(**batch)
         hidden = model.bert(**batch).last_hidden_state
         return torch.stack([output.start_logits, output.end_logits])[:, real].double(), hidden[real].double()
 
@@ -269,7 +308,7 @@ def interleaved(calls: Mapping[Key, Callable[[int], object]], rounds: int, warmu
 @torch.inference_mode()
 def race(models: Mapping[str, nn.Module], structure: Structure, batch: int, length: int, rounds: int) -> list["Result"]:
     """Time models on the same unpadded batches, in turns."""
-    batches = [random_batch(structure, batch, length) for _ in range(3)]
+    batches = [random_batch(structure, batch, length, seed=seed) for seed in range(3)]
 
     def call(model: nn.Module) -> Callable[[int], object]:
         return lambda index: model(**batches[index % len(batches)])
@@ -290,5 +329,5 @@ class Result(NamedTuple):
 
 
 def _quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return 1e3 * low, 1e3 * median, 1e3 * high

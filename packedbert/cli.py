@@ -2,8 +2,11 @@
 
 import contextlib
 import csv
+import dataclasses
 import json
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,47 +19,51 @@ from rich.text import Text
 
 from . import __version__
 
-OUT = Console()
+# A pipe has no width: leave the tables room.
+OUT = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
 ERR = Console(stderr=True)
+
+EIFFEL = (
+    "The Eiffel Tower is a lattice tower of wrought iron on the Champ de Mars in Paris, France. It bears the name "
+    "of the engineer Gustave Eiffel, whose company designed it and built it from 1887 to 1889."
+)
+CHOPIN = (
+    "Frédéric François Chopin, born Fryderyk Franciszek Chopin (1 March 1810 - 17 October 1849), was a Polish "
+    "composer and virtuoso pianist of the Romantic era who wrote primarily for solo piano."
+)
 
 #: What the demo asks a real model: the two questions of the seed's model card, and two more.
 DEMO_QUESTIONS = (
-    (
-        "Where is the Eiffel Tower located?",
-        "The Eiffel Tower is a lattice tower of wrought iron on the Champ de Mars in Paris, France. It bears the name "
-        "of the engineer Gustave Eiffel, whose company designed it and built it from 1887 to 1889.",
-    ),
-    (
-        "Who is Frederic Chopin?",
-        "Frédéric François Chopin, born Fryderyk Franciszek Chopin (1 March 1810 - 17 October 1849), was a Polish "
-        "composer and virtuoso pianist of the Romantic era who wrote primarily for solo piano.",
-    ),
-    (
-        "When was the tower built?",
-        "The Eiffel Tower is a lattice tower of wrought iron on the Champ de Mars in Paris, France. It bears the name "
-        "of the engineer Gustave Eiffel, whose company designed it and built it from 1887 to 1889.",
-    ),
-    (
-        "What did Chopin write for?",
-        "Frédéric François Chopin, born Fryderyk Franciszek Chopin (1 March 1810 - 17 October 1849), was a Polish "
-        "composer and virtuoso pianist of the Romantic era who wrote primarily for solo piano.",
-    ),
+    ("Where is the Eiffel Tower located?", EIFFEL),
+    ("Who is Frederic Chopin?", CHOPIN),
+    ("When was the tower built?", EIFFEL),
+    ("What did Chopin write for?", CHOPIN),
 )
 
 
 class Group(click.Group):
-    """A group whose commands end in one line on stderr for anything that the user can mend."""
+    """A group whose commands end in one line on stderr and exit status 1 where they fail."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; --debug lets tracebacks through."""
-        try:
-            return super().invoke(ctx)
-        except (ValueError, TypeError, OSError, RuntimeError, IndexError) as error:
-            # click's own exceptions are RuntimeErrors too; they print themselves.
-            if ctx.params.get("debug") or isinstance(error, click.exceptions.Exit | click.Abort | click.ClickException):
-                raise
-            ERR.print(f"packedbert: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            ctx.exit(1)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"packedbert: {message}", "yellow")
+            try:
+                return super().invoke(ctx)
+            except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
+                raise  # click prints these, or ends quietly
+            except Exception as error:
+                if ctx.params.get("debug"):
+                    raise
+                expected = isinstance(error, ValueError | TypeError | OSError | RuntimeError | IndexError)
+                text = str(error) if expected else f"{type(error).__name__}: {error} (a bug? --debug shows where)"
+                say(f"packedbert: {text}", "red")
+                ctx.exit(1)
+
+
+def say(text: str, style: str) -> None:
+    """One line on stderr: transformers' messages have several."""
+    ERR.print(" ".join(text.split()), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -91,10 +98,17 @@ def json_option(command: Any) -> Any:
 def load_answerer(model_id: str, backend: str, *, packed: bool = True) -> Any:
     """A QuestionAnswerer of a checkpoint in float32."""
     import torch
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
     import packedbert
 
+    from .hf import stored_task
+
+    if stored_task(model_id) != "question-answering":
+        found = AutoConfig.from_pretrained(model_id).architectures
+        if found and not any(name.endswith("ForQuestionAnswering") for name in found):
+            # transformers would go on with a random head.
+            raise ValueError(f"{model_id}: expected a question-answering checkpoint, got {', '.join(found)}")
     if packed:
         config = packedbert.PackedBertConfig(backend=backend)
         model = packedbert.load(model_id, task="question-answering", config=config, dtype=torch.float32)
@@ -117,13 +131,13 @@ def progress_bar(label: str, *, hidden: bool) -> Iterator[Any]:
 
 @main.command()
 @click.option("--model", "model_id", required=True, metavar="ID_OR_DIR", help="Hub id or folder of the checkpoint.")
-@click.option("-q", "--question", help="The question.")
+@click.option("-q", "--question", help='The question; "-" reads it from standard input.')
 @click.option("-c", "--context", help='Where to look; "-", or nothing, reads it from standard input.')
-@click.option("--context-file", type=click.File(encoding="utf-8"), help="A text file to look in.")
+@click.option("--context-file", type=click.File("rb"), help="A text file to look in.")
 @click.option(
     "--input",
     "input_file",
-    type=click.File(encoding="utf-8"),
+    type=click.File("rb"),
     help='A file of {"question", "context"} objects: a JSON list, or one a line.',
 )
 @click.option("--top-k", default=1, show_default=True, help="Answers to each question.")
@@ -156,12 +170,18 @@ def qa(
     else:
         if not question:
             raise click.UsageError("a question is needed: -q TEXT, or --input FILE")
+        if context is not None and context_file is not None:
+            raise click.UsageError("one context is needed: leave out -c or --context-file")
+        if question == "-":
+            if context_file is None and context in (None, "-"):
+                raise click.UsageError("standard input is the question: give the context with -c or --context-file")
+            question = read_text(sys.stdin.buffer).strip()
         if context_file is not None:
-            context = context_file.read()
+            context = read_text(context_file)
         elif context is None or context == "-":
-            if sys.stdin.isatty():
+            if context is None and sys.stdin.isatty():
                 raise click.UsageError("a context is needed: -c TEXT, --context-file FILE, or standard input")
-            context = sys.stdin.read()
+            context = read_text(sys.stdin.buffer)
         items = [(question, context)]
     answerer = load_answerer(model_id, backend)
     questions, contexts = [item[0] for item in items], [item[1] for item in items]
@@ -176,18 +196,45 @@ def qa(
         show_answers(asked, text, best)
 
 
-def read_items(file: Any) -> list[tuple[str, str]]:
-    """(question, context) of a JSON list, or of one object a line."""
-    text = file.read()
+def read_text(file: Any) -> str:
+    """All of a binary file, as UTF-8.
+
+    Raises:
+        ClickException: it is something else.
+    """
     try:
-        one_list = text.lstrip().startswith("[")
-        rows = json.loads(text) if one_list else [json.loads(row) for row in text.splitlines() if row]
-        return [(row["question"], row["context"]) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+        return str(file.read(), "utf-8-sig")
+    except UnicodeDecodeError as error:
         raise click.ClickException(
-            f'{file.name}: expected {{"question": ..., "context": ...}} objects, as a JSON list or one a line, '
-            f"got something else: {error!r}"
+            f"{getattr(file, 'name', 'standard input')}: expected UTF-8 text, got {error}; convert it first"
         ) from error
+
+
+def read_items(file: Any) -> list[tuple[str, str]]:
+    """(question, context) of a JSON list, of one object, or of one object a line.
+
+    Raises:
+        ClickException: it is something else; the text names the line or the entry.
+    """
+    text = read_text(file)
+    try:
+        rows = json.loads(text)
+        named_rows = (
+            [("the file", rows)] if isinstance(rows, dict) else [(f"entry {i}", row) for i, row in enumerate(rows)]
+        )
+    except (ValueError, TypeError):
+        named_rows = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    items = []
+    for place, row in named_rows:
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            items.append((row["question"], row["context"]))
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = 'expected {"question": ..., "context": ...} objects, as a JSON list or one a line'
+            raise click.ClickException(f"{file.name}: {wanted}; {place} is something else: {error!r}") from error
+    if not items:
+        raise click.ClickException(f"{file.name}: expected questions, got none")
+    return items
 
 
 def show_answers(question: str, context: str, answers: list[dict[str, Any]]) -> None:
@@ -197,7 +244,8 @@ def show_answers(question: str, context: str, answers: list[dict[str, Any]]) -> 
     around = 160
     start, end = max(0, best["start"] - around), min(len(context), best["end"] + around)
     shown = Text("  " + ("..." if start else "") + context[start : best["start"]])
-    shown.append(context[best["start"] : best["end"]], style="bold reverse green")
+    marked = context[best["start"] : best["end"]]
+    shown.append(marked if OUT.is_terminal or not marked else f">>{marked}<<", style="bold reverse green")
     shown.append(context[best["end"] : end] + ("..." if end < len(context) else ""))
     OUT.print(shown)
     for answer in answers:
@@ -259,7 +307,10 @@ def evaluate(
     from . import squad
 
     dataset = squad.first_questions(squad.load_squad(data), limit)
-    ids, questions, contexts = zip(*squad.squad_examples(dataset), strict=True)
+    examples = list(squad.squad_examples(dataset))
+    if not examples:
+        raise ValueError(f"{data}: expected questions, got none")
+    ids, questions, contexts = zip(*examples, strict=True)
     answerer = load_answerer(model_id, backend, packed=not no_patch)
     start = time.perf_counter()
     with progress_bar(f"{len(ids):,} questions", hidden=as_json) as progress:
@@ -312,7 +363,9 @@ def bench(
     csv_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Time the dense BERT, the packed one in stock modules ("packed eager"), and the patched one, in turns.
+    """Time dense, packed eager and patched models, in turns.
+
+    "Packed eager" has the packed weights in stock transformers modules.
 
     \b
     packedbert bench --batch 8 --length 384
@@ -321,7 +374,11 @@ def bench(
     import torch
 
     from . import bench as lab
+    from .patch import report_of
 
+    if list_structures and as_json:
+        click.echo(json.dumps([dataclasses.asdict(shape) for shape in lab.STRUCTURES.values()], indent=2))
+        return
     if list_structures:
         table = Table("structure", "layers", "heads", "FFN rows")
         for shape in lab.STRUCTURES.values():
@@ -335,15 +392,27 @@ def bench(
         torch.set_num_threads(threads)
     with ERR.status("building the models"):
         models = lab.build_models(shape)
-    with ERR.status("timing"):
+    # A lively spinner would take time from what is timed.
+    with ERR.status("timing", refresh_per_second=0.5):
         results = lab.race(named(models), shape, batch, length, runs)
+    report, eager = report_of(models.patched), results[1].median_ms
+    about = {"structure": shape.name, "threads": torch.get_num_threads(), "backend": report.backend, "isa": report.isa}
+    rows = [
+        {
+            **about,
+            **result._asdict(),
+            "times_dense": results[0].median_ms / result.median_ms,
+            "times_packed_eager": eager / result.median_ms,
+        }
+        for result in results
+    ]
     if csv_file:
         with csv_file.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("structure", "threads", *lab.Result._fields))
-            writer.writerows((shape.name, torch.get_num_threads(), *result) for result in results)
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
     if as_json:
-        click.echo(json.dumps([{"structure": shape.name, **result._asdict()} for result in results], indent=2))
+        click.echo(json.dumps(rows, indent=2))
     else:
         OUT.print(speed_table(results, f"{shape.name}, batch {batch}, length {length}"))
 
@@ -403,14 +472,13 @@ def demo(model_id: str | None, structure: str, backend: str, as_json: bool) -> N
     from .patch import report_of
 
     shape = find_structure(structure)
-    torch.manual_seed(0)
     with ERR.status(f"building {shape.name} three times: dense, packed in stock modules, patched"):
         models = lab.build_models(shape, backend)
     with ERR.status("comparing with float64"):
         padded = lab.random_batch(shape, 4, min(48, shape.max_length), ragged=True)
-        exact = lab.exactness(models.patched, models.eager, padded)
+        exact = lab.exactness(models.patched, lab.build_stock(shape, stored=True), padded)
     cells = ((1, min(128, shape.max_length)), (8, min(128, shape.max_length)))
-    with ERR.status("timing"):
+    with ERR.status("timing", refresh_per_second=0.5):
         races = [lab.race(named(models), shape, batch, length, 5) for batch, length in cells]
     report = report_of(models.patched)
     dense = sum(parameter.numel() for parameter in models.dense.parameters())
@@ -421,6 +489,7 @@ def demo(model_id: str | None, structure: str, backend: str, as_json: bool) -> N
             "structure": shape.name,
             "backend": report.backend,
             "isa": report.isa,
+            "threads": torch.get_num_threads(),
             "parameters": parameters,
             "difference": exact._asdict(),
             "speed": speed,
@@ -456,7 +525,11 @@ def demo_answers(model_id: str, backend: str, as_json: bool) -> None:
 
 @main.command()
 def backends() -> None:
-    """Show which kernels are built, which can be used here, and why not."""
+    """Show which kernels are built, and which work here.
+
+    \b
+    packedbert backends
+    """
     import packedbert
 
     table = Table("backend", "built", "usable", "")

@@ -68,6 +68,79 @@ def test_qa_from_options_files_and_standard_input(checkpoint, tmp_path):
     assert "%" in shown.output
 
 
+def test_qa_reads_a_question_from_standard_input(checkpoint, tmp_path):
+    (tmp_path / "context.txt").write_text("\ufeff" + CONTEXT, encoding="utf-8")
+    ask = ["qa", "--model", checkpoint, "-q", "-", "--json"]
+    rows = parsed(run(*ask, "--context-file", tmp_path / "context.txt", input="Where?\n"))
+    assert rows[0]["question"] == "Where?"
+    assert rows == parsed(run(*ask, "-c", CONTEXT, input="Where?"))
+    refused = run(*ask, input="Where?")
+    assert refused.exit_code == 2
+    assert "standard input is the question" in refused.output
+
+
+def test_qa_input_may_be_one_object_over_several_lines(checkpoint, tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps({"question": "Where?", "context": CONTEXT}, indent=2))
+    assert len(parsed(run("qa", "--model", checkpoint, "--input", tmp_path / "one.json", "--json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b'{"question": "a", "context": "b"}\n\n{"question": "a"}', "line 3 is something else: KeyError('context')"),
+        (b'[{"question": "a", "context": "b"}, 7]', "entry 1 is something else"),
+        (b"[]", "expected questions, got none"),
+        (b"7", "line 1 is something else"),
+        (b"\xff\xfe", "expected UTF-8 text"),
+    ],
+)
+def test_qa_input_errors_name_the_place(checkpoint, tmp_path, content, text):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    result = run("qa", "--model", checkpoint, "--input", tmp_path / "bad.jsonl")
+    assert result.exit_code == 1
+    assert text in result.output
+    assert "bad.jsonl" in result.output
+
+
+def test_a_checkpoint_without_the_head_is_refused(tmp_path):
+    """transformers would answer with a random head."""
+    tiny_bert("BertForMaskedLM").save_pretrained(tmp_path)
+    for more in ([], ["--no-patch"]):
+        result = run("eval", "--model", tmp_path, "--data", "SQUAD", *more)
+        assert result.exit_code == 1
+    result = run("qa", "--model", tmp_path, "-q", "Who?", "-c", "x")
+    assert result.exit_code == 1
+    assert "expected a question-answering checkpoint, got BertForMaskedLM" in result.output
+
+
+def test_eval_without_questions(checkpoint, tmp_path):
+    (tmp_path / "empty.json").write_text('{"data": []}')
+    result = run("eval", "--model", checkpoint, "--data", tmp_path / "empty.json")
+    assert result.exit_code == 1
+    assert "expected questions, got none" in result.output
+
+
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch):
+    def fail():
+        raise ZeroDivisionError("one\n  two")
+
+    monkeypatch.setattr(packedbert, "backends", fail)
+    result = run("backends")
+    assert result.exit_code == 1
+    assert result.stderr == "packedbert: ZeroDivisionError: one two (a bug? --debug shows where)\n"
+    assert isinstance(run("--debug", "backends").exception, ZeroDivisionError)
+
+
+def test_ctrl_c_ends_cleanly(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packedbert, "backends", interrupt)
+    result = run("backends")
+    assert result.exit_code == 1
+    assert result.stderr.strip() == "Aborted!"
+
+
 def test_inspect_dense_and_packed(checkpoint, tmp_path):
     report = parsed(run("inspect", checkpoint, "--json"))
     assert report["layers"][1]["heads"] == []
@@ -104,6 +177,9 @@ def test_bench(tmp_path):
     assert all(0 < row["quartile_1_ms"] <= row["median_ms"] <= row["quartile_3_ms"] for row in rows)
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 4
     assert "x packed eager" in run(*arguments).output
+    assert all((row["backend"], row["structure"]) == ("cpu", "tiny") for row in rows)
+    assert rows[2]["times_dense"] == pytest.approx(rows[0]["median_ms"] / rows[2]["median_ms"])
+    assert [shape["name"] for shape in parsed(run("bench", "--list", "--json"))] == list(bench.STRUCTURES)
     listed = run("bench", "--list").output
     assert all(name in listed for name in bench.STRUCTURES)
 
