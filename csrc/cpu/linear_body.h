@@ -62,14 +62,19 @@ PACKEDBERT_INLINE void multiply_units(const Units& units,
                                       int64_t end,
                                       const Finish& finish) {
   alignas(64) float sums[kTileRows * kPanelWidth];
+  const int64_t tiles = smaller(units.tiles, units.tiles_per_block);
   for (int64_t unit = begin; unit < end; ++unit) {
     int64_t tile = 0;
     int64_t panel = 0;
     units.find(unit, &tile, &panel);
     const int64_t row = units.first_row(tile);
     const int64_t rows = units.first_row(tile + 1) - row;
+    const int64_t share = ceil_div(kPanelWidth * sizeof(float), tiles);
+    const Prefetch ahead{reinterpret_cast<const char*>(weight + (panel + 1) * units.depth * kPanelWidth) +
+                             tile % units.tiles_per_block * share * units.depth,
+                         share};
     multiply_tile(input + row * input_stride, input_stride, rows, weight + panel * units.depth * kPanelWidth,
-                  units.depth, sums, kPanelWidth);
+                  units.depth, sums, kPanelWidth, ahead);
     finish(sums, row, rows, panel * kPanelWidth);
   }
 }

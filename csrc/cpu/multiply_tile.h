@@ -28,6 +28,12 @@ PACKEDBERT_INLINE void copy(const float* from, int64_t count, float* to) {
   if (i < count) Vec::load_partial(from + i, count - i).store_partial(to + i, count - i);
 }
 
+// Memory to bring to the second-level cache while something else is multiplied: `bytes` more with each input.
+struct Prefetch {
+  const char* from = nullptr;
+  int64_t bytes = 0;
+};
+
 // tile = input weight^T, or tile += input weight^T with kAdd, for kRows rows and kTileColumns columns.
 //   input [kRows, depth] with input_stride between rows; weight [depth, kPanelWidth], of which the first
 //   kTileColumns columns are used; tile [kRows, kTileColumns] with tile_stride between rows.
@@ -37,7 +43,8 @@ void multiply_block(const float* input,
                     const float* weight,
                     int64_t depth,
                     float* tile,
-                    int64_t tile_stride) {
+                    int64_t tile_stride,
+                    Prefetch ahead) {
   // A pointer for every third row: the other two are addressed as + stride and + 2 * stride, which is free,
   // where a pointer a row would not fit the general registers.
   constexpr int kPointers = (kRows + 2) / 3;
@@ -48,6 +55,8 @@ void multiply_block(const float* input,
   PACKEDBERT_UNROLL
   for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = Vec::zero();
   for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(ahead.from, 0, 2);
+    ahead.from += ahead.bytes;
     const Vec weight0 = Vec::load(weight);
     const Vec weight1 = Vec::load(weight + Vec::kWidth);
     PACKEDBERT_UNROLL
@@ -80,13 +89,14 @@ PACKEDBERT_INLINE void multiply_block_of(int64_t rows,
                                          const float* weight,
                                          int64_t depth,
                                          float* tile,
-                                         int64_t tile_stride) {
+                                         int64_t tile_stride,
+                                         Prefetch ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return multiply_block_of<kRows - 1, kAdd>(rows, input, input_stride, weight, depth, tile, tile_stride);
+      return multiply_block_of<kRows - 1, kAdd>(rows, input, input_stride, weight, depth, tile, tile_stride, ahead);
     }
   }
-  multiply_block<kRows, kAdd>(input, input_stride, weight, depth, tile, tile_stride);
+  multiply_block<kRows, kAdd>(input, input_stride, weight, depth, tile, tile_stride, ahead);
 }
 
 // Copies `from` [rows, depth], from_stride between rows, to `to`, the same with kDepthBlock between rows.
@@ -103,10 +113,11 @@ inline void multiply_tile(const float* input,
                           const float* panel,
                           int64_t depth,
                           float* tile,
-                          int64_t tile_stride) {
+                          int64_t tile_stride,
+                          Prefetch ahead = {}) {
   const bool rows_collide = input_stride % kCollidingStride == 0;
   alignas(64) float copied[kTileRows * kDepthBlock];
-  for (int64_t k = 0; k < depth || k == 0; k += kDepthBlock) {
+  for (int64_t k = 0; k < depth || k == 0; k += kDepthBlock, ahead.from += ahead.bytes * kDepthBlock) {
     const int64_t block = smaller(kDepthBlock, depth - k);
     const float* from = input + k;
     int64_t stride = input_stride;
@@ -118,9 +129,9 @@ inline void multiply_tile(const float* input,
     for (int64_t column = 0; column < kPanelWidth; column += kTileColumns) {
       const float* weight = panel + k * kPanelWidth + column;
       if (k == 0) {
-        multiply_block_of<kTileRows, false>(rows, from, stride, weight, block, tile + column, tile_stride);
+        multiply_block_of<kTileRows, false>(rows, from, stride, weight, block, tile + column, tile_stride, ahead);
       } else {
-        multiply_block_of<kTileRows, true>(rows, from, stride, weight, block, tile + column, tile_stride);
+        multiply_block_of<kTileRows, true>(rows, from, stride, weight, block, tile + column, tile_stride, ahead);
       }
     }
   }
