@@ -1,17 +1,10 @@
-// The ops' kernels as torch sees them: checks, allocation, dispatch. The only file that knows torch, through
-// LibTorch's stable ABI. The schemas and the ops' documentation are in packedbert/ops.py.
+// The kernels of packed_linear and prepack_linear as torch sees them: checks, allocation, dispatch. ops*.cpp
+// are the only files that know torch, through LibTorch's stable ABI. The schemas and the ops' documentation
+// are in packedbert/ops.py.
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "cpu/packed_linear.h"
-#include "epilogue.h"
+#include "ops_common.h"
 #include "packed_layout.h"
 #ifdef PACKEDBERT_CUDA
 #include "cuda/packed_linear.h"
@@ -19,99 +12,6 @@
 
 namespace packedbert {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::vector<int64_t>;
-
-std::string to_string(const Shape& shape) {
-  std::string text = "[";
-  for (const int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return text + "]";
-}
-
-std::string to_string(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Double:
-      return "float64";
-    default:
-      return torch::headeronly::toString(type);
-  }
-}
-
-Shape shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return Shape(sizes.begin(), sizes.end());
-}
-
-std::string device_of(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
-  return "another kind of device";
-}
-
-// Raises RuntimeError "op: argument: expected ..., got ...".
-[[noreturn]] void fail(const char* op,
-                       const char* argument,
-                       const std::string& expected,
-                       const std::string& got) {
-  throw std::runtime_error(std::string("packedbert::") + op + ": " + argument + ": expected " + expected +
-                           ", got " + got);
-}
-
-// Checks the tensors of one call, which must agree with `like` in device and dtype.
-struct Checker {
-  const char* op;
-  const Tensor& like;
-
-  // Returns `tensor`, or a contiguous copy.
-  Tensor operator()(const char* argument,
-                    const Tensor& tensor,
-                    const Shape& shape,
-                    const std::string& why = "") const {
-    if (device_of(tensor) != device_of(like))
-      fail(op, argument, "a tensor on " + device_of(like), device_of(tensor));
-    if (tensor.scalar_type() != like.scalar_type()) {
-      fail(op, argument, to_string(like.scalar_type()), to_string(tensor.scalar_type()));
-    }
-    if (shape_of(tensor) != shape) fail(op, argument, to_string(shape) + why, to_string(shape_of(tensor)));
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  }
-};
-
-// A `str` argument of an op, owned. Kernels take a StringHandle, because the conversion to std::string in
-// torch 2.13's headers leaks the string that it makes (torch/csrc/stable/stableivalue_conversions.h,
-// ToImpl<std::string>).
-std::string take_string(StringHandle handle) {
-  size_t size = 0;
-  const char* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &size));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-  std::string text(data, size);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return text;
-}
-
-Activation parse_activation(const char* op, const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_new") return Activation::gelu_new;
-  fail(op, "activation", "one of 'none', 'relu', 'gelu', 'gelu_new'", "'" + name + "'");
-}
-
-Norm parse_norm(const char* op, const std::string& name) {
-  if (name == "none") return Norm::none;
-  if (name == "layer_norm") return Norm::layer_norm;
-  if (name == "no_norm") return Norm::no_norm;
-  fail(op, "norm", "one of 'none', 'layer_norm', 'no_norm'", "'" + name + "'");
-}
 
 // What both devices make of packed_linear's arguments: checked, contiguous, with an output to write to.
 struct LinearCall {
@@ -189,21 +89,7 @@ LinearCall check_linear(const Tensor& input,
   };
 }
 
-const void* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr() : nullptr;
-}
-
 // ---------------------------------------------------------------- CPU
-
-void parallel_for(int64_t count, int64_t grain, cpu::RangeTask task, const void* context) {
-  torch::stable::parallel_for(0, count, grain,
-                              [=](int64_t begin, int64_t end) { task(context, begin, end); });
-}
-
-void check_float32(const char* op, const char* argument, const Tensor& tensor) {
-  if (tensor.scalar_type() != ScalarType::Float)
-    fail(op, argument, "float32", to_string(tensor.scalar_type()));
-}
 
 void check_weight(const Tensor& weight) {
   if (weight.dim() != 2) {
@@ -219,7 +105,7 @@ Tensor prepack_linear_cpu(const Tensor& weight) {
   Tensor packed =
       torch::stable::new_empty(weight, Shape{panel_count(out_features), in_features, kPanelWidth});
   cpu::prepack_linear(weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1), out_features,
-                      in_features, packed.mutable_data_ptr<float>(), parallel_for);
+                      in_features, packed.mutable_data_ptr<float>(), cpu::torch_parallel_for);
   return packed;
 }
 
@@ -253,7 +139,7 @@ Tensor packed_linear_cpu(const Tensor& input,
           .norm = call.norm,
           .eps = static_cast<float>(eps),
       },
-      parallel_for);
+      cpu::torch_parallel_for);
   return call.output;
 }
 

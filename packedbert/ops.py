@@ -1,12 +1,13 @@
 """The ops, each once: schema, documentation, checks of shapes (the fake kernel), and the default in PyTorch.
 
-`torch.ops.packedbert.*` has four ops. The native library adds kernels for the CPU to `prepack_linear` and
-`packed_linear`; every op has a default in plain PyTorch (reference.py) for any other device and for machines
-without the library, so that the same call works everywhere.
+`torch.ops.packedbert.*` has five ops. The native library adds kernels for the CPU to all of them but `encoder`;
+every op has a default in plain PyTorch (reference.py) for any other device and for machines without the library,
+so that the same call works everywhere.
 
 A weight that a model stores is *canonical*, [out_features, in_features]. Kernels want it *prepacked*, in a
 blocked layout that depends on the device (csrc/packed_layout.h). `encoder` takes canonical weights and keeps the
-prepacked ones in a `PrepackCache`; `packed_linear` takes what `prepack_linear` returned on the same device.
+prepacked ones in a `PrepackCache`; `packed_linear` and `encoder_prepacked` take what `prepack_linear` returned on
+the same device.
 
 Ops have no gradient: modules.py takes the differentiable `reference.encoder` where one is asked for.
 """
@@ -31,6 +32,10 @@ _SCHEMAS.define(
     'str norm="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-12) -> Tensor'
 )
 _SCHEMAS.define("pruned_attention(Tensor qkv, Tensor cu_seqlens, int num_heads) -> Tensor")
+_SCHEMAS.define(
+    "encoder_prepacked(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
+    "str activation, str norm, float eps) -> Tensor"
+)
 _SCHEMAS.define(
     "encoder(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
     'str activation="gelu", str norm="layer_norm", float eps=1e-12, str backend="auto", int cache=0) -> Tensor'
@@ -212,19 +217,19 @@ def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> Tensor:
     """softmax(q k^T / sqrt(head_size)) v over the heads that are left, within each sequence of a ragged batch.
 
     Args:
-        qkv: [tokens, 3 * num_heads * head_size]: no padded token is in it.
+        qkv: [tokens, 3 * num_heads * head_size]: no padded token is in it. float32 on a CPU with the native library.
         cu_seqlens: int32 [batch + 1], ascending from 0 to tokens; a sequence may be empty.
         num_heads: heads left; may be 0.
 
     Returns: [tokens, num_heads * head_size], a new tensor.
 
     Raises:
-        ValueError: a shape, dtype or cu_seqlens that does not fit.
+        ValueError, RuntimeError: a shape, dtype or cu_seqlens that does not fit.
     """
     return torch.ops.packedbert.pruned_attention(qkv, cu_seqlens, num_heads)
 
 
-# ------------------------------------------------------------------------------------------------- encoder
+# ------------------------------------------------------------------------------------- cache of prepacked weights
 
 
 class _Entry(NamedTuple):
@@ -284,22 +289,16 @@ class PrepackCache:
         return entry.prepacked
 
 
-def _prepacked_layers(weights: Sequence[Tensor], backend: str, cache: PrepackCache) -> list[LayerWeights]:
-    """The weights of all layers with the four matrices of each in the layout that the backend's kernels read."""
-    if backend == "reference":
-        return reference.split_layers(weights)
-    matrices = [name.endswith("weight") and "norm" not in name for name in LayerWeights._fields]
-    prepacked = [
-        cache.get(slot, weight, prepack_linear) if matrices[slot % len(matrices)] else weight
-        for slot, weight in enumerate(weights)
-    ]
-    return reference.split_layers(prepacked)
+# --------------------------------------------------------------------------------------- encoder_prepacked
 
 
 def _encoder_check(
-    hidden_states: Tensor, attention_mask: Tensor | None, weights: Sequence[Tensor], num_heads: Sequence[int]
+    op: str,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    num_heads: Sequence[int],
 ) -> None:
-    op = "encoder"
     _check(hidden_states.dim() == 3, op, "hidden_states", "[batch, length, hidden_size]", list(hidden_states.shape))
     if attention_mask is not None:
         shape = list(hidden_states.shape[:2])
@@ -308,6 +307,101 @@ def _encoder_check(
         )
     expected = len(num_heads) * len(LayerWeights._fields)
     _check(len(weights) == expected, op, "weights", f"{expected} tensors for {len(num_heads)} layers", len(weights))
+
+
+def _encode(
+    hidden_states: Tensor,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    num_heads: Sequence[int],
+    activation: str,
+    norm: str,
+    eps: float,
+    linear: Callable[..., Tensor],
+) -> Tensor:
+    """The encoder layer by layer on the real tokens; `mask` is bool, `weights` in the layout that `linear` takes."""
+    batch, length, hidden_size = hidden_states.shape
+    if mask is None:
+        mask = torch.ones_like(hidden_states[:, :, 0], dtype=torch.bool)
+    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    real = mask.flatten().nonzero().flatten()  # positions of the real tokens in the padded batch
+    dense = real.shape[0] == batch * length
+    tokens = hidden_states.reshape(batch * length, hidden_size)
+    x = tokens.clone() if dense else tokens[real]
+
+    for heads, w in zip(num_heads, reference.split_layers(weights), strict=True):
+
+        def attend(qkv: Tensor, heads: int = heads) -> Tensor:
+            return reference.pruned_attention(qkv, cu_seqlens, heads)
+
+        x = reference.layer(x, w, attend, activation, norm, eps, linear)
+
+    if not dense:
+        x = tokens.new_zeros(tokens.shape).index_copy_(0, real, x)
+    return x.view(hidden_states.shape)
+
+
+def _encoder_prepacked_default(
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    num_heads: Sequence[int],
+    activation: str,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    _encoder_check("encoder_prepacked", hidden_states, attention_mask, weights, num_heads)
+    return _encode(hidden_states, attention_mask, weights, num_heads, activation, norm, eps, packed_linear)
+
+
+def _encoder_prepacked_fake(
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    num_heads: Sequence[int],
+    activation: str,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    _encoder_check("encoder_prepacked", hidden_states, attention_mask, weights, num_heads)
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+def encoder_prepacked(
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    num_heads: Sequence[int],
+    activation: str,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    """`encoder` with weights that are prepacked already; one native call on the CPU.
+
+    Args:
+        hidden_states: [batch, length, hidden_size], the embeddings; float32 on a CPU with the native library.
+        attention_mask: None (all tokens are real) or bool [batch, length], in any pattern.
+        weights: the `reference.LayerWeights` of all layers, one after the other, with the four matrices of each as
+            `prepack_linear` returned them on this device.
+        num_heads: heads left in each layer.
+        activation: of the FFN, as in `packed_linear`.
+        norm: after each residual, as in `packed_linear`.
+        eps: of LayerNorm.
+
+    Returns: [batch, length, hidden_size], a new tensor; 0 at padded positions.
+
+    Raises:
+        ValueError, RuntimeError: shapes or dtypes that do not agree, an unknown activation or norm.
+    """
+    return torch.ops.packedbert.encoder_prepacked(
+        hidden_states, attention_mask, weights, num_heads, activation, norm, eps
+    )
+
+
+# ------------------------------------------------------------------------------------------------- encoder
+
+#: For each field of LayerWeights, whether kernels want it prepacked.
+_IS_MATRIX = [name.endswith("weight") and "norm" not in name for name in LayerWeights._fields]
 
 
 def _encoder_default(
@@ -321,30 +415,17 @@ def _encoder_default(
     backend: str = "auto",
     cache: int = 0,
 ) -> Tensor:
-    _encoder_check(hidden_states, attention_mask, weights, num_heads)
+    _encoder_check("encoder", hidden_states, attention_mask, weights, num_heads)
     backend = dispatch.resolve(backend, hidden_states.device, hidden_states.dtype)
-    linear = packed_linear if backend == "cpu" else reference.packed_linear
-    layers = _prepacked_layers(weights, backend, PrepackCache.find(cache))
-
-    batch, length, hidden_size = hidden_states.shape
-    mask = torch.ones_like(hidden_states[:, :, 0], dtype=torch.bool) if attention_mask is None else attention_mask != 0
-    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    real = mask.flatten().nonzero().flatten()  # positions of the real tokens in the padded batch
-    dense = real.shape[0] == batch * length
-    tokens = hidden_states.reshape(batch * length, hidden_size)
-    x = tokens.clone() if dense else tokens[real]
-
-    for heads, w in zip(num_heads, layers, strict=True):
-
-        def attend(qkv: Tensor, heads: int = heads) -> Tensor:
-            # Until the native attention kernel is there, every backend uses PyTorch's own.
-            return reference.pruned_attention(qkv, cu_seqlens, heads)
-
-        x = reference.layer(x, w, attend, activation, norm, eps, linear)
-
-    if not dense:
-        x = tokens.new_zeros(tokens.shape).index_copy_(0, real, x)
-    return x.view(hidden_states.shape)
+    mask = None if attention_mask is None else attention_mask != 0
+    if backend == "reference":
+        return _encode(hidden_states, mask, weights, num_heads, activation, norm, eps, reference.packed_linear)
+    prepack_cache = PrepackCache.find(cache)
+    prepacked = [
+        prepack_cache.get(slot, weight, prepack_linear) if matrix else weight.contiguous()
+        for slot, (weight, matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX)))
+    ]
+    return encoder_prepacked(hidden_states, mask, prepacked, num_heads, activation, norm, eps)
 
 
 def _encoder_fake(
@@ -358,7 +439,7 @@ def _encoder_fake(
     backend: str = "auto",
     cache: int = 0,
 ) -> Tensor:
-    _encoder_check(hidden_states, attention_mask, weights, num_heads)
+    _encoder_check("encoder", hidden_states, attention_mask, weights, num_heads)
     return hidden_states.new_empty(hidden_states.shape)
 
 
@@ -415,6 +496,7 @@ for _name, _default, _fake in (
     ("prepack_linear", _prepack_linear_default, _prepack_linear_fake),
     ("packed_linear", _packed_linear_default, _packed_linear_fake),
     ("pruned_attention", _pruned_attention_default, _pruned_attention_fake),
+    ("encoder_prepacked", _encoder_prepacked_default, _encoder_prepacked_fake),
     ("encoder", _encoder_default, _encoder_fake),
 ):
     _SCHEMAS.impl(_name, _default, "CompositeExplicitAutograd")

@@ -15,14 +15,36 @@ constexpr int64_t kDepthBlock = 128;
 // Rows a multiple of 4 KiB apart share one set of a usual first-level cache, 8 lines for up to 14 rows:
 // blocks of such an input (1024 and 3072 are BERT's own widths) are multiplied from a copy. Copying always
 // costs 7 percent, never up to 15.
-constexpr int64_t kCollidingDepth = 1024;
+constexpr int64_t kCollidingStride = 1024;
 
-// tile += input weight^T for kRows rows and kTileColumns columns.
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Copies `count` floats.
+PACKEDBERT_INLINE void copy(const float* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= count; i += Vec::kWidth) Vec::load(from + i).store(to + i);
+  if (i < count) Vec::load_partial(from + i, count - i).store_partial(to + i, count - i);
+}
+
+// Memory to bring to the second-level cache while something else is multiplied: `bytes` more with each input.
+struct Prefetch {
+  const char* from = nullptr;
+  int64_t bytes = 0;
+};
+
+// tile = input weight^T, or tile += input weight^T with kAdd, for kRows rows and kTileColumns columns.
 //   input [kRows, depth] with input_stride between rows; weight [depth, kPanelWidth], of which the first
-//   kTileColumns columns are used; tile [kRows, kPanelWidth], likewise.
-template <int kRows>
-void multiply_block(
-    const float* input, int64_t input_stride, const float* weight, int64_t depth, float* tile) {
+//   kTileColumns columns are used; tile [kRows, kTileColumns] with tile_stride between rows.
+template <int kRows, bool kAdd>
+void multiply_block(const float* input,
+                    int64_t input_stride,
+                    const float* weight,
+                    int64_t depth,
+                    float* tile,
+                    int64_t tile_stride,
+                    Prefetch ahead) {
   // A pointer for every third row: the other two are addressed as + stride and + 2 * stride, which is free,
   // where a pointer a row would not fit the general registers.
   constexpr int kPointers = (kRows + 2) / 3;
@@ -33,6 +55,8 @@ void multiply_block(
   PACKEDBERT_UNROLL
   for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = Vec::zero();
   for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(ahead.from, 0, 2);
+    ahead.from += ahead.bytes;
     const Vec weight0 = Vec::load(weight);
     const Vec weight1 = Vec::load(weight + Vec::kWidth);
     PACKEDBERT_UNROLL
@@ -47,49 +71,68 @@ void multiply_block(
   }
   PACKEDBERT_UNROLL
   for (int row = 0; row < kRows; ++row) {
-    float* to = tile + row * kPanelWidth;
-    (Vec::load(to) + sum[row][0]).store(to);
-    (Vec::load(to + Vec::kWidth) + sum[row][1]).store(to + Vec::kWidth);
+    float* to = tile + row * tile_stride;
+    if constexpr (kAdd) {
+      sum[row][0] = Vec::load(to) + sum[row][0];
+      sum[row][1] = Vec::load(to + Vec::kWidth) + sum[row][1];
+    }
+    sum[row][0].store(to);
+    sum[row][1].store(to + Vec::kWidth);
   }
 }
 
 // multiply_block for a number of rows known at run time, 1 <= rows <= kRows.
-template <int kRows>
-PACKEDBERT_INLINE void multiply_block_of(
-    int64_t rows, const float* input, int64_t input_stride, const float* weight, int64_t depth, float* tile) {
+template <int kRows, bool kAdd>
+PACKEDBERT_INLINE void multiply_block_of(int64_t rows,
+                                         const float* input,
+                                         int64_t input_stride,
+                                         const float* weight,
+                                         int64_t depth,
+                                         float* tile,
+                                         int64_t tile_stride,
+                                         Prefetch ahead) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_block_of<kRows - 1>(rows, input, input_stride, weight, depth, tile);
+    if (rows < kRows) {
+      return multiply_block_of<kRows - 1, kAdd>(rows, input, input_stride, weight, depth, tile, tile_stride, ahead);
+    }
   }
-  multiply_block<kRows>(input, input_stride, weight, depth, tile);
+  multiply_block<kRows, kAdd>(input, input_stride, weight, depth, tile, tile_stride, ahead);
 }
 
 // Copies `from` [rows, depth], from_stride between rows, to `to`, the same with kDepthBlock between rows.
 inline void copy_block(const float* from, int64_t from_stride, int64_t rows, int64_t depth, float* to) {
-  for (int64_t row = 0; row < rows; ++row, from += from_stride, to += kDepthBlock) {
-    int64_t k = 0;
-    for (; k + Vec::kWidth <= depth; k += Vec::kWidth) Vec::load(from + k).store(to + k);
-    if (k < depth) Vec::load_partial(from + k, depth - k).store_partial(to + k, depth - k);
-  }
+  for (int64_t row = 0; row < rows; ++row) copy(from + row * from_stride, depth, to + row * kDepthBlock);
 }
 
 // tile = input panel^T.
-//   input [rows, depth], rows <= kTileRows; panel [depth, kPanelWidth]; tile [rows, kPanelWidth].
-inline void multiply_tile(const float* input, int64_t rows, const float* panel, int64_t depth, float* tile) {
-  const bool rows_collide = depth % kCollidingDepth == 0;
-  alignas(64) float copy[kTileRows * kDepthBlock];
-  for (int64_t i = 0; i < rows * kPanelWidth; i += Vec::kWidth) Vec::zero().store(tile + i);
-  for (int64_t k = 0; k < depth; k += kDepthBlock) {
-    const int64_t block = depth - k < kDepthBlock ? depth - k : kDepthBlock;
+//   input [rows, depth], rows <= kTileRows, with input_stride between rows; panel [depth, kPanelWidth]; tile
+//   [rows, kPanelWidth] with tile_stride between rows.
+inline void multiply_tile(const float* input,
+                          int64_t input_stride,
+                          int64_t rows,
+                          const float* panel,
+                          int64_t depth,
+                          float* tile,
+                          int64_t tile_stride,
+                          Prefetch ahead = {}) {
+  const bool rows_collide = input_stride % kCollidingStride == 0;
+  alignas(64) float copied[kTileRows * kDepthBlock];
+  for (int64_t k = 0; k < depth || k == 0; k += kDepthBlock, ahead.from += ahead.bytes * kDepthBlock) {
+    const int64_t block = smaller(kDepthBlock, depth - k);
     const float* from = input + k;
-    int64_t stride = depth;
+    int64_t stride = input_stride;
     if (rows_collide) {
-      copy_block(from, stride, rows, block, copy);
-      from = copy;
+      copy_block(from, stride, rows, block, copied);
+      from = copied;
       stride = kDepthBlock;
     }
     for (int64_t column = 0; column < kPanelWidth; column += kTileColumns) {
-      multiply_block_of<kTileRows>(rows, from, stride, panel + k * kPanelWidth + column, block,
-                                   tile + column);
+      const float* weight = panel + k * kPanelWidth + column;
+      if (k == 0) {
+        multiply_block_of<kTileRows, false>(rows, from, stride, weight, block, tile + column, tile_stride, ahead);
+      } else {
+        multiply_block_of<kTileRows, true>(rows, from, stride, weight, block, tile + column, tile_stride, ahead);
+      }
     }
   }
 }

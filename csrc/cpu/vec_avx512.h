@@ -38,3 +38,4 @@ PACKEDBERT_INLINE Vec exp2_of_integer(Vec n) {
 }
 PACKEDBERT_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.value); }
 PACKEDBERT_INLINE float sum_of_lanes(Vec a) { return _mm512_reduce_add_ps(a.value); }
+PACKEDBERT_INLINE float max_of_lanes(Vec a) { return _mm512_reduce_max_ps(a.value); }

@@ -62,3 +62,10 @@ PACKEDBERT_INLINE Vec exp2_of_integer(Vec n) {
 
 PACKEDBERT_INLINE float first_lane(Vec a) { return a.value[0]; }
 PACKEDBERT_INLINE float sum_of_lanes(Vec a) { return (a.value[0] + a.value[1]) + (a.value[2] + a.value[3]); }
+
+// The largest lane; where one is a NaN, any of them.
+PACKEDBERT_INLINE float max_of_lanes(Vec a) {
+  float top = a.value[0];
+  for (int64_t i = 1; i < Vec::kWidth; ++i) top = a.value[i] > top ? a.value[i] : top;
+  return top;
+}

@@ -1,10 +1,12 @@
-// packed_linear for AVX2 + FMA.
+// The kernels for AVX2 + FMA.
 #include "cpu/isa.h"
 
 #if PACKEDBERT_X86
 
 #include <immintrin.h>
 
+#include "cpu/attention.h"
+#include "cpu/encoder.h"
 #include "cpu/packed_linear.h"
 #include "cpu/target_region.h"
 #include "packed_layout.h"
@@ -18,7 +20,10 @@ constexpr int kTileRows = 6;  // 12 sums, 2 weights and 1 input: 15 of 16 regist
 #include "cpu/vec_avx2.h"
 #include "cpu/vec_math.h"
 #include "cpu/multiply_tile.h"
+#include "cpu/linear_body.h"
 #include "cpu/packed_linear_body.h"
+#include "cpu/attention_body.h"
+#include "cpu/encoder_body.h"
 // clang-format on
 
 }  // namespace packedbert::cpu::avx2

@@ -1,4 +1,6 @@
-// packed_linear in plain C++, for any processor.
+// The kernels in plain C++, for any processor.
+#include "cpu/attention.h"
+#include "cpu/encoder.h"
 #include "cpu/packed_linear.h"
 #include "cpu/target_region.h"
 #include "packed_layout.h"
@@ -11,7 +13,10 @@ constexpr int kTileRows = 6;  // 12 sums, 2 weights and 1 input: 15 of the 16 re
 #include "cpu/vec_scalar.h"
 #include "cpu/vec_math.h"
 #include "cpu/multiply_tile.h"
+#include "cpu/linear_body.h"
 #include "cpu/packed_linear_body.h"
+#include "cpu/attention_body.h"
+#include "cpu/encoder_body.h"
 // clang-format on
 
 }  // namespace packedbert::cpu::scalar

@@ -1,4 +1,4 @@
-// packed_linear for AVX-512 (F, BW, DQ and VL).
+// The kernels for AVX-512 (F, BW, DQ and VL).
 #include "cpu/isa.h"
 
 #if PACKEDBERT_X86
@@ -8,6 +8,8 @@
 #endif
 #include <immintrin.h>
 
+#include "cpu/attention.h"
+#include "cpu/encoder.h"
 #include "cpu/packed_linear.h"
 #include "cpu/target_region.h"
 #include "packed_layout.h"
@@ -21,7 +23,10 @@ constexpr int kTileRows = 14;  // 28 sums, 2 weights and 1 input: 31 of 32 regis
 #include "cpu/vec_avx512.h"
 #include "cpu/vec_math.h"
 #include "cpu/multiply_tile.h"
+#include "cpu/linear_body.h"
 #include "cpu/packed_linear_body.h"
+#include "cpu/attention_body.h"
+#include "cpu/encoder_body.h"
 // clang-format on
 
 }  // namespace packedbert::cpu::avx512

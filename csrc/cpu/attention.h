@@ -1,0 +1,55 @@
+// softmax(q k^T / sqrt(head_size)) v within each sequence of a ragged batch, on the CPU, in float.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/parallel.h"
+#include "cpu/ragged_batch.h"
+#include "packed_layout.h"
+
+namespace packedbert::cpu {
+
+// The heads that are left of a layer.
+struct Heads {
+  int64_t count;
+  int64_t size;
+
+  constexpr int64_t width() const { return count * size; }
+};
+
+// Keys and values as panels (packed_layout.h), so that q k^T and the product with v run on the microkernel of
+// the linear layers. The keys of a sequence begin at a new panel, and key `slot` of a head is column
+// slot % kPanelWidth of panel slot / kPanelWidth.
+//   keys    [heads, key_slots / kPanelWidth, head_size, kPanelWidth]
+//   values  [heads, panel_count(head_size), tokens, kPanelWidth]
+// What no token fills is never initialised: it reaches only sums that nobody reads.
+constexpr int64_t keys_size(const Ragged& batch, Heads heads) { return heads.width() * batch.key_slots; }
+constexpr int64_t values_size(const Ragged& batch, Heads heads) {
+  return heads.count * panel_count(heads.size) * batch.tokens * kPanelWidth;
+}
+
+struct PrunedAttention {
+  Ragged batch;
+  Heads heads;
+  const float* qkv;  // [tokens, 3 * heads.width()]
+  float* keys;       // scratch, keys_size(batch, heads) floats
+  float* values;     // scratch, values_size(batch, heads) floats
+  float* output;     // [tokens, heads.width()]
+};
+
+// Runs the body for active_isa(). The result has the same bits whatever the number of threads, and those of a
+// sequence do not depend on the batch that it is in.
+void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for);
+
+// One body, compiled once for each instruction set; call through pruned_attention.
+namespace scalar {
+void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for);
+}
+namespace avx2 {
+void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for);
+}
+namespace avx512 {
+void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for);
+}
+
+}  // namespace packedbert::cpu

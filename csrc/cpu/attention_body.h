@@ -1,0 +1,230 @@
+// Attention, over Vec. Included inside the namespace and the target region of one instruction set, after
+// linear_body.h.
+//
+// A tile of at most kTileRows queries of one head goes through all keys of its sequence: scores, softmax,
+// product with the values. Sequences longer than kKeyBlock take several rounds, each of which corrects what
+// the rounds before it left (Milakov and Gimelshein, arXiv 1805.02867).
+
+// The keys of one round. BERT's longest sequence, 512, is one round; the scores of a tile, 29 KB, fit the
+// first-level cache.
+constexpr int64_t kKeyBlock = 512;
+
+// Rows of scores are 33 cache lines apart: with an odd number, they do not share sets of the cache.
+constexpr int64_t kScoreStride = kKeyBlock + 16;
+
+// The places of a layer's queries, keys and values; keys and values as attention.h says.
+struct QueriesKeysValues {
+  Ragged batch;
+  Heads heads;
+  float* queries;  // [tokens, heads.width()] with query_stride between rows
+  int64_t query_stride;
+  float* keys;
+  float* values;
+};
+
+// Copies columns [column, column + columns) of the q, k and v of tokens [token, token + rows) to their
+// places.
+//   from [rows, columns] with from_stride between rows.
+inline void place_qkv(const QueriesKeysValues& to,
+                      const float* from,
+                      int64_t from_stride,
+                      int64_t token,
+                      int64_t rows,
+                      int64_t column,
+                      int64_t columns) {
+  const Ragged& batch = to.batch;
+  const int64_t width = to.heads.width();
+  const int64_t size = to.heads.size;
+  while (columns > 0) {
+    // A run of columns that lie in one place: all queries, or one head's keys, or one panel of its values.
+    const int64_t part = column / width;
+    const int64_t in_part = column % width;
+    const int64_t head = in_part / size;
+    const int64_t d = in_part % size;
+    const int64_t in_panel = d % kPanelWidth;
+    const int64_t rest = part == 0   ? width - in_part
+                         : part == 1 ? size - d
+                                     : smaller(size - d, kPanelWidth - in_panel);
+    const int64_t run = smaller(columns, rest);
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* x = from + row * from_stride;
+      if (part == 0) {
+        copy(x, run, to.queries + (token + row) * to.query_stride + in_part);
+      } else if (part == 1) {
+        const int64_t sequence = batch.sequence_of[token + row];
+        const int64_t slot = batch.first_slot[sequence] + token + row - batch.first_token[sequence];
+        const int64_t panel = head * (batch.key_slots / kPanelWidth) + slot / kPanelWidth;
+        float* key = to.keys + (panel * size + d) * kPanelWidth + slot % kPanelWidth;
+        for (int64_t i = 0; i < run; ++i) key[i * kPanelWidth] = x[i];
+      } else {
+        const int64_t panel = head * panel_count(size) + d / kPanelWidth;
+        copy(x, run, to.values + (panel * batch.tokens + token + row) * kPanelWidth + in_panel);
+      }
+    }
+    from += run;
+    column += run;
+    columns -= run;
+  }
+}
+
+// One round for one query: scores [keys] become e^(scale (score - maximum)), where maximum and sum (of the
+// exponentials) are over all rounds so far. Returns the factor that corrects what earlier rounds summed up.
+// The row has room up to the next full Vec. A NaN among the scores makes the sum one.
+inline float exponentiate(float* scores, int64_t keys, float scale, bool first, float* maximum, float* sum) {
+  int64_t end = keys;
+  while (end % Vec::kWidth != 0) scores[end++] = -__builtin_inff();  // adds 1e-38 to a sum of 1 or more
+  Vec top = Vec::load(scores);
+  for (int64_t i = Vec::kWidth; i < end; i += Vec::kWidth) top = max(top, Vec::load(scores + i));
+  float new_maximum = max_of_lanes(top);
+  float correction = 0.0f;
+  if (!first) {
+    new_maximum = new_maximum > *maximum ? new_maximum : *maximum;
+    correction = first_lane(exp(Vec::broadcast(scale * (*maximum - new_maximum))));
+  }
+  // The scale costs nothing here: it is folded into the subtraction of the maximum.
+  const Vec factor = Vec::broadcast(scale);
+  const Vec shift = Vec::broadcast(-scale * new_maximum);
+  Vec total = Vec::zero();
+  for (int64_t i = 0; i < end; i += Vec::kWidth) {
+    const Vec e = exp(fma(Vec::load(scores + i), factor, shift));
+    e.store(scores + i);
+    total = total + e;
+  }
+  *maximum = new_maximum;
+  *sum = (first ? 0.0f : *sum * correction) + sum_of_lanes(total);
+  return correction;
+}
+
+// to = to * correction + from, with neither `to` nor correction read in the first round; then * factor.
+//   from, to: [columns], columns <= kPanelWidth.
+inline void accumulate_context(
+    const float* from, int64_t columns, bool first, float correction, float factor, float* to) {
+  const Vec scale = Vec::broadcast(factor);
+  const Vec c = Vec::broadcast(correction);
+  int64_t j = 0;
+  for (; j + Vec::kWidth <= columns; j += Vec::kWidth) {
+    const Vec x = Vec::load(from + j);
+    ((first ? x : fma(Vec::load(to + j), c, x)) * scale).store(to + j);
+  }
+  if (const int64_t left = columns - j) {
+    const Vec x = Vec::load(from + j);
+    ((first ? x : fma(Vec::load_partial(to + j, left), c, x)) * scale).store_partial(to + j, left);
+  }
+}
+
+// The context of `rows` queries, at most kTileRows, of one head and one sequence.
+//   queries, context: [rows, heads.size], of the first of them.
+inline void attend_tile(const QueriesKeysValues& in,
+                        int64_t head,
+                        int64_t sequence,
+                        const float* queries,
+                        int64_t rows,
+                        float* context,
+                        int64_t context_stride) {
+  alignas(64) float scores[kTileRows * kScoreStride];
+  alignas(64) float tile[kTileRows * kPanelWidth];
+  float maximum[kTileRows];
+  float sum[kTileRows];
+  float correction[kTileRows];
+  const Ragged& batch = in.batch;
+  const int64_t size = in.heads.size;
+  const int64_t first_token = batch.first_token[sequence];
+  const int64_t length = batch.first_token[sequence + 1] - first_token;
+  const int64_t first_slot = head * batch.key_slots + batch.first_slot[sequence];
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(size));
+  for (int64_t key = 0; key < length; key += kKeyBlock) {
+    const int64_t keys = smaller(kKeyBlock, length - key);
+    const bool first = key == 0;
+    const bool last = key + keys == length;
+    for (int64_t k = 0; k < keys; k += kPanelWidth) {
+      multiply_tile(queries, in.query_stride, rows, in.keys + (first_slot + key + k) * size, size, scores + k,
+                    kScoreStride);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      correction[row] =
+          exponentiate(scores + row * kScoreStride, keys, scale, first, &maximum[row], &sum[row]);
+    }
+    for (int64_t panel = 0; panel < panel_count(size); ++panel) {
+      const int64_t value = (head * panel_count(size) + panel) * batch.tokens + first_token + key;
+      multiply_tile(scores, kScoreStride, rows, in.values + value * kPanelWidth, keys, tile, kPanelWidth);
+      for (int64_t row = 0; row < rows; ++row) {
+        accumulate_context(tile + row * kPanelWidth, smaller(kPanelWidth, size - panel * kPanelWidth), first,
+                           correction[row], last ? 1.0f / sum[row] : 1.0f,
+                           context + row * context_stride + panel * kPanelWidth);
+      }
+    }
+  }
+}
+
+// The context of one head for tokens [token, end), whatever sequences they belong to.
+//   context: [end - token, heads.size] with context_stride between rows.
+inline void attend_head(const QueriesKeysValues& in,
+                        int64_t head,
+                        int64_t token,
+                        int64_t end,
+                        float* context,
+                        int64_t context_stride) {
+  while (token < end) {
+    const int64_t sequence = in.batch.sequence_of[token];
+    const int64_t queries = smaller(end, in.batch.first_token[sequence + 1]) - token;
+    const int64_t tiles = ceil_div(queries, kTileRows);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = queries * tile / tiles;
+      attend_tile(in, head, sequence, in.queries + (token + begin) * in.query_stride + head * in.heads.size,
+                  queries * (tile + 1) / tiles - begin, context + begin * context_stride, context_stride);
+    }
+    token += queries;
+    context += queries * context_stride;
+  }
+}
+
+// Attention cut into units for threads: each a head and a chunk of the tokens, the chunks of a head side by
+// side. Their queries share the head's keys and values in the second-level cache.
+constexpr int64_t kQueriesPerUnit = 4 * kTileRows;
+
+constexpr int64_t attention_chunks(int64_t tokens) { return ceil_div(tokens, kQueriesPerUnit); }
+
+// The units [begin, end) of heads * chunks.
+//   context: [tokens, heads.width()] with context_stride between rows, of tokens [token, token + tokens).
+inline void attend_units(const QueriesKeysValues& in,
+                         int64_t token,
+                         int64_t tokens,
+                         int64_t chunks,
+                         int64_t begin,
+                         int64_t end,
+                         float* context,
+                         int64_t context_stride) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t head = unit / chunks;
+    const int64_t from = tokens * (unit % chunks) / chunks;
+    const int64_t to = tokens * (unit % chunks + 1) / chunks;
+    attend_head(in, head, token + from, token + to, context + from * context_stride + head * in.heads.size,
+                context_stride);
+  }
+}
+
+// pruned_attention's queries stay where they are.
+inline QueriesKeysValues places_of(const PrunedAttention& a) {
+  return {a.batch, a.heads, const_cast<float*>(a.qkv), 3 * a.heads.width(), a.keys, a.values};
+}
+
+// The keys and values of tokens [begin, end).
+void place_pruned_attention(const void* context, int64_t begin, int64_t end) {
+  const PrunedAttention& a = *static_cast<const PrunedAttention*>(context);
+  const int64_t width = a.heads.width();
+  place_qkv(places_of(a), a.qkv + begin * 3 * width + width, 3 * width, begin, end - begin, width, 2 * width);
+}
+
+void attend_pruned_attention(const void* context, int64_t begin, int64_t end) {
+  const PrunedAttention& a = *static_cast<const PrunedAttention*>(context);
+  attend_units(places_of(a), 0, a.batch.tokens, attention_chunks(a.batch.tokens), begin, end, a.output,
+               a.heads.width());
+}
+
+void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for) {
+  const int64_t tokens = attention.batch.tokens;
+  if (tokens == 0 || attention.heads.width() == 0) return;
+  parallel_for(tokens, ceil_div(kNormElementsPerThread, 2 * attention.heads.width()), place_pruned_attention,
+               &attention);
+  parallel_for(attention.heads.count * attention_chunks(tokens), 1, attend_pruned_attention, &attention);
+}

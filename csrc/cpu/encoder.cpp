@@ -1,0 +1,108 @@
+// What of the encoder does not depend on the instruction set: how the work is cut, and the choice of the
+// body.
+#include "cpu/encoder.h"
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+
+namespace packedbert::cpu {
+namespace {
+
+// A token panel's hidden states and inner activations take at most so many bytes. They go through all steps
+// of a layer together, so they should stay in the second-level cache (1 MiB, or more, on processors with
+// AVX-512), with room for a few panels of weights (96 KiB at BERT-base's width) that pass through. Smaller
+// panels would read the weights, which lie further away, more often.
+constexpr int64_t kPanelBytes = 640 * 1024;
+
+// Fewer tokens than this in a thread's panel do not repay that each thread reads all weights: the steps are
+// split among the threads, each of which then reads its share of them.
+constexpr int64_t kFewestPanelTokens = 28;
+
+constexpr int64_t kLine = 64 / sizeof(float);
+
+constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Rows begin at a cache line, and never a multiple of 4 KiB apart: see kCollidingStride in multiply_tile.h.
+constexpr int64_t row_stride(int64_t width) {
+  const int64_t stride = round_up(width, kLine);
+  return stride % 1024 == 0 ? stride + kLine : stride;
+}
+
+}  // namespace
+
+EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads) {
+  const Ragged& batch = encoder.batch;
+  int64_t query_width = 0;
+  int64_t inner_width = 0;
+  int64_t keys = 0;
+  int64_t values = 0;
+  for (int64_t i = 0; i < encoder.layer_count; ++i) {
+    const EncoderLayer& layer = encoder.layers[i];
+    query_width = std::max(query_width, layer.heads.width());
+    inner_width = std::max({inner_width, layer.heads.width(), layer.ffn_width});
+    keys = std::max(keys, keys_size(batch, layer.heads));
+    values = std::max(values, values_size(batch, layer.heads));
+  }
+
+  EncoderPlan plan{};
+  plan.hidden_stride = row_stride(encoder.hidden_size);
+  plan.query_stride = row_stride(query_width);
+  plan.inner_stride = row_stride(inner_width);
+
+  int64_t inner_rows = batch.tokens;
+  const int64_t tokens_per_thread = batch.tokens / std::max<int64_t>(1, threads);
+  if (threads <= 1 || tokens_per_thread >= kFewestPanelTokens) {
+    const int64_t token_bytes = sizeof(float) * (plan.hidden_stride + plan.inner_stride);
+    const int64_t most = std::max(kFewestPanelTokens, kPanelBytes / token_bytes);
+    // As many for each thread, and none much smaller than the others.
+    plan.workers = std::max<int64_t>(1, threads);
+    plan.panels = plan.workers * ((batch.tokens + most * plan.workers - 1) / (most * plan.workers));
+    inner_rows = plan.panels == 0 ? 0 : (batch.tokens + plan.panels - 1) / plan.panels;
+  } else {
+    plan.workers = 1;
+  }
+
+  const auto place = [&plan](int64_t size) {
+    const int64_t at = plan.size;
+    plan.size += round_up(size, kLine);
+    return at;
+  };
+  plan.hidden = place(batch.tokens * plan.hidden_stride);
+  plan.queries = place(batch.tokens * plan.query_stride);
+  for (int64_t turn = 0; turn < 2; ++turn) {
+    plan.keys[turn] = place(keys);
+    plan.values[turn] = place(values);
+  }
+  plan.inner_size = inner_rows * plan.inner_stride;
+  plan.inner = place(plan.workers * plan.inner_size);
+  return plan;
+}
+
+void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for) {
+  switch (active_isa()) {
+#if PACKEDBERT_X86
+    case Isa::avx512:
+      return avx512::encoder(encoder, plan, scratch, parallel_for);
+    case Isa::avx2:
+      return avx2::encoder(encoder, plan, scratch, parallel_for);
+#endif
+    default:
+      return scalar::encoder(encoder, plan, scratch, parallel_for);
+  }
+}
+
+void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for) {
+  switch (active_isa()) {
+#if PACKEDBERT_X86
+    case Isa::avx512:
+      return avx512::pruned_attention(attention, parallel_for);
+    case Isa::avx2:
+      return avx2::pruned_attention(attention, parallel_for);
+#endif
+    default:
+      return scalar::pruned_attention(attention, parallel_for);
+  }
+}
+
+}  // namespace packedbert::cpu

@@ -1,0 +1,82 @@
+// All layers of a packed BERT encoder in one call, on the CPU, in float.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/attention.h"
+#include "cpu/parallel.h"
+#include "cpu/ragged_batch.h"
+#include "epilogue.h"
+
+namespace packedbert::cpu {
+
+// The weights of one layer, reference.LayerWeights: the four matrices as prepack_linear lays them out. Arrays
+// are contiguous and need no alignment beyond a float's.
+struct EncoderLayer {
+  Heads heads;
+  int64_t ffn_width;
+  const float* qkv_weight;               // of [3 * heads.width(), hidden_size]
+  const float* qkv_bias;                 // [3 * heads.width()]
+  const float* attention_output_weight;  // of [hidden_size, heads.width()]
+  const float* attention_output_bias;    // [hidden_size]
+  const float* attention_norm_weight;    // [hidden_size]
+  const float* attention_norm_bias;      // [hidden_size]
+  const float* up_weight;                // of [ffn_width, hidden_size]
+  const float* up_bias;                  // [ffn_width]
+  const float* down_weight;              // of [hidden_size, ffn_width]
+  const float* down_bias;                // [hidden_size]
+  const float* output_norm_weight;       // [hidden_size]
+  const float* output_norm_bias;         // [hidden_size]
+};
+
+struct Encoder {
+  Ragged batch;
+  int64_t hidden_size;
+  int64_t layer_count;
+  const EncoderLayer* layers;
+  Activation activation;
+  Norm norm;
+  float eps;
+  const int64_t* rows;  // [batch.tokens]: the row of input and output that belongs to each token
+  const float* input;   // [rows of the padded batch, hidden_size]
+  float* output;        // the same; rows that belong to no token are left alone
+};
+
+// How the work is cut, and what lies where in the scratch memory. Places are in floats from its beginning.
+struct EncoderPlan {
+  // Token panels, evenly sized: each is taken through a whole layer by one thread. 0: the tokens are too few,
+  // each step of a layer is split among the threads instead.
+  int64_t panels;
+  int64_t workers;        // how many threads may work on panels at once
+  int64_t hidden_stride;  // between rows; likewise below
+  int64_t query_stride;
+  int64_t inner_stride;
+  int64_t hidden;      // [tokens, hidden_size]: the hidden states
+  int64_t queries;     // [tokens, heads]
+  int64_t keys[2];     // as attention.h says; layers take turns, because a thread may still read those of one
+  int64_t values[2];   // layer while another thread writes those of the next
+  int64_t inner;       // [workers, rows of a panel, context or FFN activations, whichever is wider]
+  int64_t inner_size;  // of one worker
+  int64_t size;        // floats in all
+};
+
+// threads: how many the ParallelFor has at most. The plan depends on it, the result does not.
+EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads);
+
+// Runs the body for active_isa(). The result has the same bits whatever the number of threads, and those of a
+// sequence do not depend on the batch that it is in.
+//   scratch: plan.size floats, best aligned to a cache line; need not be initialised.
+void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for);
+
+// One body, compiled once for each instruction set; call through encoder.
+namespace scalar {
+void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for);
+}
+namespace avx2 {
+void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for);
+}
+namespace avx512 {
+void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for);
+}
+
+}  // namespace packedbert::cpu

@@ -1,0 +1,204 @@
+// The encoder, over Vec. Included inside the namespace and the target region of one instruction set, after
+// attention_body.h.
+//
+// A layer is a list of steps, each of them units of work on a range of tokens. With many tokens a thread
+// takes one panel of them through all steps, up to the queries, keys and values of the next layer, while they
+// lie in its second-level cache: then only the end of a layer has to be waited for (attention needs the keys
+// of all tokens). With few tokens all threads share each step. Both are run_layer; they differ in its
+// ParallelFor.
+
+// A range of tokens in one layer: the context of every step.
+struct LayerRun {
+  const Encoder* encoder;
+  const EncoderPlan* plan;
+  float* scratch;
+  int64_t layer;  // -1: before the first
+  int64_t first;  // token
+  int64_t tokens;
+  int64_t attention_chunks;
+  float* inner;  // scratch of the range: [tokens, plan->inner_stride]
+
+  const EncoderLayer& weights() const { return encoder->layers[layer]; }
+  const EncoderLayer& next_weights() const { return encoder->layers[layer + 1]; }
+  bool is_last() const { return layer + 1 == encoder->layer_count; }
+  float* hidden() const { return scratch + plan->hidden + first * plan->hidden_stride; }
+
+  // Of any layer, and of all tokens.
+  QueriesKeysValues qkv_of(int64_t of_layer) const {
+    const int64_t turn = of_layer & 1;
+    return {encoder->batch,     encoder->layers[of_layer].heads, scratch + plan->queries,
+            plan->query_stride, scratch + plan->keys[turn],      scratch + plan->values[turn]};
+  }
+
+  Units qkv_units() const { return Units(tokens, encoder->hidden_size, 3 * next_weights().heads.width()); }
+  Units attention_output_units() const {
+    return Units(tokens, weights().heads.width(), encoder->hidden_size);
+  }
+  Units up_units() const { return Units(tokens, encoder->hidden_size, weights().ffn_width); }
+  Units down_units() const { return Units(tokens, weights().ffn_width, encoder->hidden_size); }
+};
+
+inline const LayerRun& run_of(const void* context) { return *static_cast<const LayerRun*>(context); }
+
+// Tokens [begin, end) of the range, from the padded batch.
+void gather_tokens(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  const int64_t size = run.encoder->hidden_size;
+  for (int64_t token = begin; token < end; ++token) {
+    copy(run.encoder->input + run.encoder->rows[run.first + token] * size, size,
+         run.hidden() + token * run.plan->hidden_stride);
+  }
+}
+
+// What multiply_units does with a tile of q, k and v.
+struct QkvFinish {
+  QueriesKeysValues to;
+  const float* bias;
+  int64_t first;  // token
+
+  PACKEDBERT_INLINE void operator()(float* sums, int64_t row, int64_t rows, int64_t column) const {
+    const int64_t columns = smaller(kPanelWidth, 3 * to.heads.width() - column);
+    finish_tile<Activation::none>(sums, rows, columns, bias + column, nullptr, sums, kPanelWidth);
+    place_qkv(to, sums, kPanelWidth, first + row, rows, column, columns);
+  }
+};
+
+void project_qkv(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  const QkvFinish finish{run.qkv_of(run.layer + 1), run.next_weights().qkv_bias, run.first};
+  multiply_units(run.qkv_units(), run.hidden(), run.plan->hidden_stride, run.next_weights().qkv_weight, begin,
+                 end, finish);
+}
+
+void attend(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  attend_units(run.qkv_of(run.layer), run.first, run.tokens, run.attention_chunks, begin, end, run.inner,
+               run.plan->inner_stride);
+}
+
+// hidden += inner weight^T + bias: both linear layers that end in a residual.
+PACKEDBERT_INLINE void project_back(const LayerRun& run,
+                                    const Units& units,
+                                    const float* weight,
+                                    const float* bias,
+                                    int64_t begin,
+                                    int64_t end) {
+  const LinearFinish finish{
+      finish_tile<Activation::none>, run.encoder->hidden_size, bias, run.hidden(), run.hidden(),
+      run.plan->hidden_stride};
+  multiply_units(units, run.inner, run.plan->inner_stride, weight, begin, end, finish);
+}
+
+void project_context(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  const EncoderLayer& w = run.weights();
+  project_back(run, run.attention_output_units(), w.attention_output_weight, w.attention_output_bias, begin,
+               end);
+}
+
+void normalize_attention(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  const EncoderLayer& w = run.weights();
+  for (int64_t token = begin; token < end; ++token) {
+    float* x = run.hidden() + token * run.plan->hidden_stride;
+    normalize_row(run.encoder->norm, x, run.encoder->hidden_size, w.attention_norm_weight,
+                  w.attention_norm_bias, run.encoder->eps, x);
+  }
+}
+
+void project_up(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  const EncoderLayer& w = run.weights();
+  const LinearFinish finish{finish_tile_for(run.encoder->activation),
+                            w.ffn_width,
+                            w.up_bias,
+                            nullptr,
+                            run.inner,
+                            run.plan->inner_stride};
+  multiply_units(run.up_units(), run.hidden(), run.plan->hidden_stride, w.up_weight, begin, end, finish);
+}
+
+void project_down(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  project_back(run, run.down_units(), run.weights().down_weight, run.weights().down_bias, begin, end);
+}
+
+// After the last layer the rows go to where they belong in the padded batch.
+void normalize_output(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  const EncoderLayer& w = run.weights();
+  const int64_t size = run.encoder->hidden_size;
+  for (int64_t token = begin; token < end; ++token) {
+    float* x = run.hidden() + token * run.plan->hidden_stride;
+    float* to = run.is_last() ? run.encoder->output + run.encoder->rows[run.first + token] * size : x;
+    normalize_row(run.encoder->norm, x, size, w.output_norm_weight, w.output_norm_bias, run.encoder->eps, to);
+  }
+}
+
+// A ParallelFor without threads.
+void run_here(int64_t count, int64_t, RangeTask task, const void* context) { task(context, 0, count); }
+
+// The steps of one layer for a range of tokens; for layer -1 what comes before the first.
+void run_layer(const LayerRun& run, ParallelFor parallel_for) {
+  const int64_t norm_grain = ceil_div(kNormElementsPerThread, larger(1, run.encoder->hidden_size));
+  const auto multiply = [&](const Units& units, RangeTask task) {
+    if (units.count() > 0) parallel_for(units.count(), units.grain(), task, &run);
+  };
+  if (run.layer < 0) {
+    parallel_for(run.tokens, norm_grain, gather_tokens, &run);
+  } else {
+    const int64_t attention_units = run.weights().heads.count * run.attention_chunks;
+    if (run.weights().heads.size > 0 && attention_units > 0) parallel_for(attention_units, 1, attend, &run);
+    multiply(run.attention_output_units(), project_context);
+    parallel_for(run.tokens, norm_grain, normalize_attention, &run);
+    multiply(run.up_units(), project_up);
+    multiply(run.down_units(), project_down);
+    parallel_for(run.tokens, norm_grain, normalize_output, &run);
+  }
+  if (!run.is_last()) multiply(run.qkv_units(), project_qkv);
+}
+
+// One layer in panels.
+struct PanelRun {
+  LayerRun all;  // the tokens of all panels
+  int64_t* next_panel;
+};
+
+// The work of one thread, worker `begin`: panel after panel, until none is left. How many there are for it
+// depends on how fast the threads are, and on how many really run: one alone does everything.
+void run_panels(const void* context, int64_t begin, int64_t) {
+  const PanelRun& panels = *static_cast<const PanelRun*>(context);
+  LayerRun run = panels.all;
+  const int64_t count = run.plan->panels;
+  run.inner += begin * run.plan->inner_size;
+  run.attention_chunks = 1;
+  for (;;) {
+    const int64_t panel = __atomic_fetch_add(panels.next_panel, 1, __ATOMIC_RELAXED);
+    if (panel >= count) return;
+    run.first = panels.all.tokens * panel / count;
+    run.tokens = panels.all.tokens * (panel + 1) / count - run.first;
+    run_layer(run, run_here);
+  }
+}
+
+void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for) {
+  if (encoder.batch.tokens == 0 || encoder.hidden_size == 0) return;
+  if (encoder.layer_count == 0) {
+    for (int64_t token = 0; token < encoder.batch.tokens; ++token) {
+      const int64_t at = encoder.rows[token] * encoder.hidden_size;
+      copy(encoder.input + at, encoder.hidden_size, encoder.output + at);
+    }
+    return;
+  }
+  const int64_t tokens = encoder.batch.tokens;
+  LayerRun run{&encoder, &plan, scratch, -1, 0, tokens, attention_chunks(tokens), scratch + plan.inner};
+  for (; run.layer < encoder.layer_count; ++run.layer) {
+    if (plan.panels == 0) {
+      run_layer(run, parallel_for);
+    } else {
+      int64_t next_panel = 0;
+      const PanelRun panels{run, &next_panel};
+      parallel_for(plan.workers, 1, run_panels, &panels);
+    }
+  }
+}

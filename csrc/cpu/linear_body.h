@@ -1,0 +1,203 @@
+// A linear layer's product and what follows it, over Vec: shared by packed_linear and the encoder. Included
+// inside the namespace and the target region of one instruction set, after its vec_*.h, vec_math.h and
+// multiply_tile.h. It uses nothing of the standard library: see target_region.h.
+//
+// The work is cut into units, one tile (at most kTileRows rows) times one panel (kPanelWidth columns) each,
+// so that both many rows and a single one keep every thread busy. Bias, activation and residual are applied
+// to a tile before it leaves the first-level cache. A norm needs whole rows: it is a second pass.
+
+// A thread is woken for no less than this many multiplications (some 5 us of work) or elements of a norm.
+constexpr int64_t kMultiplicationsPerThread = 1 << 19;
+constexpr int64_t kNormElementsPerThread = 1 << 14;
+
+// Input rows worth so many bytes are multiplied by all panels before the next rows: they, and a panel, stay
+// in the second-level cache, however many rows there are.
+constexpr int64_t kRowBlockBytes = 512 * 1024;
+
+// The order of the units: blocks of tiles, in each block the panels, for each panel the tiles.
+struct Units {
+  int64_t rows;
+  int64_t depth;
+  int64_t panels;
+  int64_t tiles;
+  int64_t tiles_per_block;
+
+  Units(int64_t rows, int64_t in_features, int64_t out_features)
+      : rows(rows),
+        depth(in_features),
+        panels(panel_count(out_features)),
+        tiles(ceil_div(rows, kTileRows)),
+        tiles_per_block(larger(1, kRowBlockBytes / (4 * kTileRows * larger(1, in_features)))) {}
+
+  int64_t count() const { return tiles * panels; }
+
+  // So many units are worth a thread.
+  int64_t grain() const {
+    if (rows == 0) return 1;
+    return ceil_div(kMultiplicationsPerThread, larger(1, depth) * kPanelWidth * ceil_div(rows, tiles));
+  }
+
+  // Tiles differ by one row at most: 28 + 1 rows are three tiles of 9 and 10, not two full ones and a single
+  // row.
+  int64_t first_row(int64_t tile) const { return rows * tile / tiles; }
+
+  void find(int64_t unit, int64_t* tile, int64_t* panel) const {
+    const int64_t first_tile = unit / (tiles_per_block * panels) * tiles_per_block;
+    const int64_t block_tiles = smaller(tiles_per_block, tiles - first_tile);
+    const int64_t unit_of_block = unit - first_tile * panels;
+    *panel = unit_of_block / block_tiles;
+    *tile = first_tile + unit_of_block % block_tiles;
+  }
+};
+
+// The units [begin, end) of input weight^T. Each tile goes to finish(sums [rows, kPanelWidth], first row,
+// rows, first column) from the first-level cache.
+//   input [units.rows, units.depth] with input_stride between rows; weight [panels, depth, kPanelWidth].
+template <typename Finish>
+PACKEDBERT_INLINE void multiply_units(const Units& units,
+                                      const float* input,
+                                      int64_t input_stride,
+                                      const float* weight,
+                                      int64_t begin,
+                                      int64_t end,
+                                      const Finish& finish) {
+  alignas(64) float sums[kTileRows * kPanelWidth];
+  const int64_t tiles = smaller(units.tiles, units.tiles_per_block);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    int64_t tile = 0;
+    int64_t panel = 0;
+    units.find(unit, &tile, &panel);
+    const int64_t row = units.first_row(tile);
+    const int64_t rows = units.first_row(tile + 1) - row;
+    const int64_t share = ceil_div(kPanelWidth * sizeof(float), tiles);
+    const Prefetch ahead{reinterpret_cast<const char*>(weight + (panel + 1) * units.depth * kPanelWidth) +
+                             tile % units.tiles_per_block * share * units.depth,
+                         share};
+    multiply_tile(input + row * input_stride, input_stride, rows, weight + panel * units.depth * kPanelWidth,
+                  units.depth, sums, kPanelWidth, ahead);
+    finish(sums, row, rows, panel * kPanelWidth);
+  }
+}
+
+template <Activation kActivation>
+PACKEDBERT_INLINE Vec activate(Vec x) {
+  if constexpr (kActivation == Activation::relu) return relu(x);
+  if constexpr (kActivation == Activation::gelu) return gelu(x);
+  if constexpr (kActivation == Activation::gelu_new) return gelu_new(x);
+  return x;
+}
+
+// output = activation(tile + bias) + residual, for the rows and columns of one tile.
+//   tile [rows, kPanelWidth]; output and residual (or null, or the output): [rows, columns] with `stride`
+//   between rows; bias [columns].
+template <Activation kActivation>
+void finish_tile(const float* tile,
+                 int64_t rows,
+                 int64_t columns,
+                 const float* bias,
+                 const float* residual,
+                 float* output,
+                 int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* sums = tile + row * kPanelWidth;
+    const int64_t at = row * stride;
+    int64_t j = 0;
+    for (; j + Vec::kWidth <= columns; j += Vec::kWidth) {
+      Vec y = activate<kActivation>(Vec::load(sums + j) + Vec::load(bias + j));
+      if (residual) y = y + Vec::load(residual + at + j);
+      y.store(output + at + j);
+    }
+    if (const int64_t left = columns - j) {
+      Vec y = activate<kActivation>(Vec::load(sums + j) + Vec::load_partial(bias + j, left));
+      if (residual) y = y + Vec::load_partial(residual + at + j, left);
+      y.store_partial(output + at + j, left);
+    }
+  }
+}
+
+using FinishTile = decltype(&finish_tile<Activation::none>);
+
+PACKEDBERT_INLINE FinishTile finish_tile_for(Activation activation) {
+  switch (activation) {
+    case Activation::relu:
+      return finish_tile<Activation::relu>;
+    case Activation::gelu:
+      return finish_tile<Activation::gelu>;
+    case Activation::gelu_new:
+      return finish_tile<Activation::gelu_new>;
+    default:
+      return finish_tile<Activation::none>;
+  }
+}
+
+// What multiply_units does with a tile of a linear layer: output = activation(tile + bias) + residual.
+struct LinearFinish {
+  FinishTile finish;
+  int64_t out_features;
+  const float* bias;      // [out_features]
+  const float* residual;  // [rows, out_features] with `stride` between rows, or null; may be the output
+  float* output;          // the same
+  int64_t stride;
+
+  PACKEDBERT_INLINE void operator()(const float* sums, int64_t row, int64_t rows, int64_t column) const {
+    const int64_t at = row * stride + column;
+    finish(sums, rows, smaller(kPanelWidth, out_features - column), bias + column,
+           residual ? residual + at : nullptr, output + at, stride);
+  }
+};
+
+// The mean of f(x[i]) over x [size], where f maps a Vec to a Vec. Four sums at a time: their additions
+// overlap, and each stays short, which rounds less.
+template <typename Function>
+PACKEDBERT_INLINE float row_mean(const float* x, int64_t size, Function f) {
+  Vec sum[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  int64_t i = 0;
+  for (; i + 4 * Vec::kWidth <= size; i += 4 * Vec::kWidth) {
+    PACKEDBERT_UNROLL
+    for (int j = 0; j < 4; ++j) sum[j] = sum[j] + f(Vec::load(x + i + j * Vec::kWidth));
+  }
+  for (; i + Vec::kWidth <= size; i += Vec::kWidth) sum[0] = sum[0] + f(Vec::load(x + i));
+  float total = sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < size; ++i) total += first_lane(f(Vec::broadcast(x[i])));
+  return total / static_cast<float>(size);
+}
+
+struct Identity {
+  PACKEDBERT_INLINE Vec operator()(Vec x) const { return x; }
+};
+
+struct SquaredDistance {
+  Vec center;
+  PACKEDBERT_INLINE Vec operator()(Vec x) const { return (x - center) * (x - center); }
+};
+
+// to = norm(from) of one row [size]: (from - mean) * scale * weight + bias. `to` may be `from`.
+inline void normalize_row(Norm norm,
+                          const float* from,
+                          int64_t size,
+                          const float* weight,
+                          const float* bias,
+                          float eps,
+                          float* to) {
+  if (norm == Norm::none) return copy(from, size, to);
+  float mean = 0.0f;
+  float scale = 1.0f;
+  if (norm == Norm::layer_norm) {
+    // The variance takes a pass of its own, because E[x^2] - mean^2 cancels.
+    mean = row_mean(from, size, Identity{});
+    const float variance = row_mean(from, size, SquaredDistance{Vec::broadcast(mean)});
+    scale = 1.0f / __builtin_sqrtf(variance + eps);
+  }
+  const Vec center = Vec::broadcast(mean);
+  const Vec factor = Vec::broadcast(scale);
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= size; i += Vec::kWidth) {
+    const Vec unit = (Vec::load(from + i) - center) * factor;
+    fma(unit, Vec::load(weight + i), Vec::load(bias + i)).store(to + i);
+  }
+  if (const int64_t left = size - i) {
+    const Vec unit = (Vec::load_partial(from + i, left) - center) * factor;
+    fma(unit, Vec::load_partial(weight + i, left), Vec::load_partial(bias + i, left))
+        .store_partial(to + i, left);
+  }
+}

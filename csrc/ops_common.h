@@ -1,0 +1,130 @@
+// What the ops*.cpp share: names and checks of tensors, and the arguments that the stable ABI hands over.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "epilogue.h"
+
+namespace packedbert {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+inline std::string to_string(const Shape& shape) {
+  std::string text = "[";
+  for (const int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+inline std::string to_string(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+inline Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+inline std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return "another kind of device";
+}
+
+// Raises RuntimeError "op: argument: expected ..., got ...".
+[[noreturn]] inline void fail(const char* op,
+                              const char* argument,
+                              const std::string& expected,
+                              const std::string& got) {
+  throw std::runtime_error(std::string("packedbert::") + op + ": " + argument + ": expected " + expected +
+                           ", got " + got);
+}
+
+// Checks the tensors of one call, which must agree with `like` in device and dtype.
+struct Checker {
+  const char* op;
+  const Tensor& like;
+
+  // Returns `tensor`, or a contiguous copy.
+  Tensor operator()(const char* argument,
+                    const Tensor& tensor,
+                    const Shape& shape,
+                    const std::string& why = "") const {
+    if (device_of(tensor) != device_of(like))
+      fail(op, argument, "a tensor on " + device_of(like), device_of(tensor));
+    if (tensor.scalar_type() != like.scalar_type()) {
+      fail(op, argument, to_string(like.scalar_type()), to_string(tensor.scalar_type()));
+    }
+    if (shape_of(tensor) != shape) fail(op, argument, to_string(shape) + why, to_string(shape_of(tensor)));
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+};
+
+// A `str` argument of an op, owned. Kernels take a StringHandle, because the conversion to std::string in
+// torch 2.13's headers leaks the string that it makes (torch/csrc/stable/stableivalue_conversions.h,
+// ToImpl<std::string>).
+inline std::string take_string(StringHandle handle) {
+  size_t size = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &size));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, size);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
+inline Activation parse_activation(const char* op, const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_new") return Activation::gelu_new;
+  fail(op, "activation", "one of 'none', 'relu', 'gelu', 'gelu_new'", "'" + name + "'");
+}
+
+inline Norm parse_norm(const char* op, const std::string& name) {
+  if (name == "none") return Norm::none;
+  if (name == "layer_norm") return Norm::layer_norm;
+  if (name == "no_norm") return Norm::no_norm;
+  fail(op, "norm", "one of 'none', 'layer_norm', 'no_norm'", "'" + name + "'");
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+inline void check_float32(const char* op, const char* argument, const Tensor& tensor) {
+  if (tensor.scalar_type() != ScalarType::Float)
+    fail(op, argument, "float32", to_string(tensor.scalar_type()));
+}
+
+namespace cpu {
+
+// The ParallelFor of the CPU ops: torch's own pool.
+inline void torch_parallel_for(int64_t count, int64_t grain, RangeTask task, const void* context) {
+  torch::stable::parallel_for(0, count, grain,
+                              [=](int64_t begin, int64_t end) { task(context, begin, end); });
+}
+
+}  // namespace cpu
+
+}  // namespace packedbert

@@ -1,0 +1,217 @@
+// The kernels of pruned_attention and encoder_prepacked as torch sees them; see ops.cpp.
+#include <algorithm>
+#include <initializer_list>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/encoder.h"
+#include "cpu/ragged_batch.h"
+#include "ops_common.h"
+#include "packed_layout.h"
+
+namespace packedbert {
+namespace {
+
+// ---------------------------------------------------------------- pruned_attention
+
+constexpr const char* kPrunedAttention = "pruned_attention";
+
+// The bounds of the sequences, as the kernels want them.
+std::vector<int64_t> take_bounds(const Tensor& cu_seqlens, int64_t tokens) {
+  const char* op = kPrunedAttention;
+  if (!cu_seqlens.is_cpu()) fail(op, "cu_seqlens", "a tensor on cpu", device_of(cu_seqlens));
+  if (cu_seqlens.scalar_type() != ScalarType::Int) {
+    fail(op, "cu_seqlens", "int32", to_string(cu_seqlens.scalar_type()));
+  }
+  if (cu_seqlens.dim() != 1 || cu_seqlens.size(0) < 1) {
+    fail(op, "cu_seqlens", "[batch + 1]", to_string(shape_of(cu_seqlens)));
+  }
+  const int32_t* data = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t stride = cu_seqlens.stride(0);
+  std::vector<int64_t> bounds(cu_seqlens.size(0));
+  bool ascending = true;
+  for (size_t i = 0; i < bounds.size(); ++i) {
+    bounds[i] = data[static_cast<int64_t>(i) * stride];
+    ascending = ascending && (i == 0 || bounds[i - 1] <= bounds[i]);
+  }
+  if (!ascending || bounds.front() != 0 || bounds.back() != tokens) {
+    fail(op, "cu_seqlens", "ascending from 0 to " + std::to_string(tokens) + ", the tokens of qkv",
+         to_string(bounds));
+  }
+  return bounds;
+}
+
+Tensor pruned_attention_cpu(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads) {
+  const char* op = kPrunedAttention;
+  check_float32(op, "qkv", qkv);
+  if (num_heads < 0) fail(op, "num_heads", "0 or more", std::to_string(num_heads));
+  const int64_t row = qkv.dim() == 2 ? qkv.size(1) : -1;
+  if (row < 0 || (num_heads == 0 ? row != 0 : row % (3 * num_heads) != 0)) {
+    fail(op, "qkv", "[tokens, 3 * " + std::to_string(num_heads) + " heads * head_size]",
+         to_string(shape_of(qkv)));
+  }
+  const int64_t tokens = qkv.size(0);
+  const cpu::RaggedBatch batch(take_bounds(cu_seqlens, tokens));
+  const cpu::Heads heads{num_heads, num_heads == 0 ? 0 : row / (3 * num_heads)};
+  const Tensor input = qkv.is_contiguous() ? qkv : torch::stable::contiguous(qkv);
+  Tensor keys = torch::stable::new_empty(qkv, Shape{cpu::keys_size(batch.view(), heads)});
+  Tensor values = torch::stable::new_empty(qkv, Shape{cpu::values_size(batch.view(), heads)});
+  Tensor output = torch::stable::new_empty(qkv, Shape{tokens, heads.width()});
+  cpu::pruned_attention(
+      {
+          .batch = batch.view(),
+          .heads = heads,
+          .qkv = input.const_data_ptr<float>(),
+          .keys = keys.mutable_data_ptr<float>(),
+          .values = values.mutable_data_ptr<float>(),
+          .output = output.mutable_data_ptr<float>(),
+      },
+      cpu::torch_parallel_for);
+  return output;
+}
+
+// ---------------------------------------------------------------- encoder_prepacked
+
+constexpr const char* kEncoder = "encoder_prepacked";
+constexpr size_t kTensorsOfALayer = 12;  // reference.LayerWeights
+
+// Checks one tensor after the other of the flat list of weights. There are 144 of them in a BERT-base, so a
+// tensor that fits costs no allocation.
+struct WeightReader {
+  const std::vector<Tensor>& weights;
+  size_t at = 0;
+
+  [[noreturn]] void refuse(const std::string& expected, const std::string& got) const {
+    const std::string name = "weights[" + std::to_string(at) + "]";
+    fail(kEncoder, name.c_str(), expected, got);
+  }
+
+  const float* next(std::initializer_list<int64_t> shape) {
+    const Tensor& tensor = weights[at];
+    if (!tensor.is_cpu()) refuse("a tensor on cpu", device_of(tensor));
+    if (tensor.scalar_type() != ScalarType::Float) refuse("float32", to_string(tensor.scalar_type()));
+    const auto sizes = tensor.sizes();
+    if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) {
+      refuse(to_string(Shape(shape)), to_string(shape_of(tensor)));
+    }
+    if (!tensor.is_contiguous()) refuse("a contiguous tensor", "strides");
+    ++at;
+    return tensor.const_data_ptr<float>();
+  }
+
+  const float* vector(int64_t size) { return next({size}); }
+  const float* matrix(int64_t out_features, int64_t in_features) {
+    return next({panel_count(out_features), in_features, kPanelWidth});
+  }
+  // The length of the vector that comes `ahead` tensors after the next.
+  int64_t peek(size_t ahead) const {
+    const Tensor& tensor = weights[at + ahead];
+    if (tensor.dim() != 1) refuse("a vector after it", to_string(shape_of(tensor)));
+    return tensor.size(0);
+  }
+};
+
+std::vector<cpu::EncoderLayer> take_layers(const std::vector<Tensor>& weights,
+                                           const std::vector<int64_t>& num_heads,
+                                           int64_t hidden) {
+  if (weights.size() != kTensorsOfALayer * num_heads.size()) {
+    fail(kEncoder, "weights",
+         std::to_string(kTensorsOfALayer * num_heads.size()) + " tensors for " +
+             std::to_string(num_heads.size()) + " layers",
+         std::to_string(weights.size()));
+  }
+  std::vector<cpu::EncoderLayer> layers;
+  layers.reserve(num_heads.size());
+  WeightReader read{weights};
+  for (const int64_t count : num_heads) {
+    const int64_t qkv = read.peek(1);
+    if (count < 0 || (count == 0 ? qkv != 0 : qkv % (3 * count) != 0)) {
+      fail(kEncoder, "num_heads", "a divisor of a third of " + std::to_string(qkv) + " qkv features",
+           std::to_string(count));
+    }
+    const cpu::Heads heads{count, count == 0 ? 0 : qkv / (3 * count)};
+    const int64_t width = read.peek(7);
+    layers.push_back({
+        .heads = heads,
+        .ffn_width = width,
+        .qkv_weight = read.matrix(qkv, hidden),
+        .qkv_bias = read.vector(qkv),
+        .attention_output_weight = read.matrix(hidden, heads.width()),
+        .attention_output_bias = read.vector(hidden),
+        .attention_norm_weight = read.vector(hidden),
+        .attention_norm_bias = read.vector(hidden),
+        .up_weight = read.matrix(width, hidden),
+        .up_bias = read.vector(width),
+        .down_weight = read.matrix(hidden, width),
+        .down_bias = read.vector(hidden),
+        .output_norm_weight = read.vector(hidden),
+        .output_norm_bias = read.vector(hidden),
+    });
+  }
+  return layers;
+}
+
+Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
+                             const std::optional<Tensor>& attention_mask,
+                             const std::vector<Tensor>& weights,
+                             const std::vector<int64_t>& num_heads,
+                             StringHandle activation_handle,
+                             StringHandle norm_handle,
+                             double eps) {
+  const char* op = kEncoder;
+  const std::string activation_name = take_string(activation_handle);
+  const std::string norm_name = take_string(norm_handle);
+  check_float32(op, "hidden_states", hidden_states);
+  if (hidden_states.dim() != 3) {
+    fail(op, "hidden_states", "[batch, length, hidden_size]", to_string(shape_of(hidden_states)));
+  }
+  const int64_t sequences = hidden_states.size(0);
+  const int64_t length = hidden_states.size(1);
+  const int64_t hidden = hidden_states.size(2);
+  const std::vector<cpu::EncoderLayer> layers = take_layers(weights, num_heads, hidden);
+  const Tensor input =
+      hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
+
+  const bool* mask = nullptr;
+  std::optional<Tensor> contiguous_mask;  // owns what `mask` points to
+  if (attention_mask) {
+    const Shape shape{sequences, length};
+    if (!attention_mask->is_cpu()) fail(op, "attention_mask", "a tensor on cpu", device_of(*attention_mask));
+    if (attention_mask->scalar_type() != ScalarType::Bool)
+      fail(op, "attention_mask", "bool", to_string(attention_mask->scalar_type()));
+    if (shape_of(*attention_mask) != shape)
+      fail(op, "attention_mask", to_string(shape) + " or None", to_string(shape_of(*attention_mask)));
+    contiguous_mask =
+        attention_mask->is_contiguous() ? *attention_mask : torch::stable::contiguous(*attention_mask);
+    mask = contiguous_mask->const_data_ptr<bool>();
+  }
+  std::vector<int64_t> rows;
+  const cpu::RaggedBatch batch = cpu::RaggedBatch::from_mask(mask, sequences, length, &rows);
+  const bool padded = static_cast<int64_t>(rows.size()) != sequences * length;
+  Tensor output = padded ? torch::stable::new_zeros(input, shape_of(input))
+                         : torch::stable::new_empty(input, shape_of(input));
+  const cpu::Encoder encoder{
+      .batch = batch.view(),
+      .hidden_size = hidden,
+      .layer_count = static_cast<int64_t>(layers.size()),
+      .layers = layers.data(),
+      .activation = parse_activation(op, activation_name),
+      .norm = parse_norm(op, norm_name),
+      .eps = static_cast<float>(eps),
+      .rows = rows.data(),
+      .input = input.const_data_ptr<float>(),
+      .output = output.mutable_data_ptr<float>(),
+  };
+  const cpu::EncoderPlan plan = cpu::plan_encoder(encoder, torch::stable::get_num_threads());
+  Tensor scratch = torch::stable::new_empty(input, Shape{plan.size});
+  cpu::encoder(encoder, plan, scratch.mutable_data_ptr<float>(), cpu::torch_parallel_for);
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(packedbert, CPU, m) {
+  m.impl("pruned_attention", TORCH_BOX(&pruned_attention_cpu));
+  m.impl("encoder_prepacked", TORCH_BOX(&encoder_prepacked_cpu));
+}
+
+}  // namespace
+}  // namespace packedbert
