@@ -195,9 +195,9 @@ def test_a_patched_model_saves_packed(tmp_path):
     assert_same_bits(AutoModelForQuestionAnswering.from_pretrained(tmp_path), model)
     model.save_pretrained(tmp_path / "twice")
     packedbert.load(tmp_path).save_pretrained(tmp_path / "thrice")
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("twice", "thrice"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    # Files may name a norm's parameters differently (transformers 5.0 brings back gamma and beta): models count.
+    for name in ("twice", "thrice"):
+        assert_same_bits(AutoModelForQuestionAnswering.from_pretrained(tmp_path / name), model)
 
 
 def test_no_norm_checkpoint(tmp_path):
