@@ -137,8 +137,9 @@ inline void attend_tile(const QueriesKeysValues& in,
     const bool first = key == 0;
     const bool last = key + keys == length;
     for (int64_t k = 0; k < keys; k += kPanelWidth) {
-      multiply_tile(queries, in.query_stride, rows, in.keys + (first_slot + key + k) * size, size, scores + k,
-                    kScoreStride);
+      const float* panel = in.keys + (first_slot + key + k) * size;
+      multiply_tile(queries, in.query_stride, rows, panel, size, scores + k, kScoreStride,
+                    no_prefetch(panel));
     }
     for (int64_t row = 0; row < rows; ++row) {
       correction[row] =
@@ -146,7 +147,8 @@ inline void attend_tile(const QueriesKeysValues& in,
     }
     for (int64_t panel = 0; panel < panel_count(size); ++panel) {
       const int64_t value = (head * panel_count(size) + panel) * batch.tokens + first_token + key;
-      multiply_tile(scores, kScoreStride, rows, in.values + value * kPanelWidth, keys, tile, kPanelWidth);
+      const float* values = in.values + value * kPanelWidth;
+      multiply_tile(scores, kScoreStride, rows, values, keys, tile, kPanelWidth, no_prefetch(values));
       for (int64_t row = 0; row < rows; ++row) {
         accumulate_context(tile + row * kPanelWidth, smaller(kPanelWidth, size - panel * kPanelWidth), first,
                            correction[row], last ? 1.0f / sum[row] : 1.0f,

@@ -28,11 +28,15 @@ PACKEDBERT_INLINE void copy(const float* from, int64_t count, float* to) {
   if (i < count) Vec::load_partial(from + i, count - i).store_partial(to + i, count - i);
 }
 
-// Memory to bring to the second-level cache while something else is multiplied: `bytes` more with each input.
+// Memory to bring to the second-level cache during a product: an address for each input, `bytes` apart. It has
+// to be a mapped one, although nothing is read: the processor looks it up, and 0 costs more than the product.
 struct Prefetch {
-  const char* from = nullptr;
-  int64_t bytes = 0;
+  const char* from;
+  int64_t bytes;
 };
+
+// The panel itself, which is there anyway.
+inline Prefetch no_prefetch(const float* panel) { return {reinterpret_cast<const char*>(panel), 0}; }
 
 // tile = input weight^T, or tile += input weight^T with kAdd, for kRows rows and kTileColumns columns.
 //   input [kRows, depth] with input_stride between rows; weight [depth, kPanelWidth], of which the first
@@ -114,7 +118,7 @@ inline void multiply_tile(const float* input,
                           int64_t depth,
                           float* tile,
                           int64_t tile_stride,
-                          Prefetch ahead = {}) {
+                          Prefetch ahead) {
   const bool rows_collide = input_stride % kCollidingStride == 0;
   alignas(64) float copied[kTileRows * kDepthBlock];
   for (int64_t k = 0; k < depth || k == 0; k += kDepthBlock, ahead.from += ahead.bytes * kDepthBlock) {
