@@ -6,23 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from op_cases import HIDDEN, assert_as_exact_as_torch, prepacked_layers, random_layers
 
 from packedbert import dispatch, ops, reference
 from packedbert.reference import ACTIVATIONS, NORMS, LayerWeights
-
-HIDDEN = 16
-
-
-def random_layers(num_heads, widths, head_size=4, dtype=torch.float32, seed=0):
-    """The flat list of weights that the encoder op takes."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = []
-    for heads, width in zip(num_heads, widths, strict=True):
-        inner = heads * head_size
-        shapes = [(3 * inner, HIDDEN), (3 * inner,), (HIDDEN, inner), *[(HIDDEN,)] * 3]
-        shapes += [(width, HIDDEN), (width,), (HIDDEN, width), *[(HIDDEN,)] * 3]
-        weights += [torch.randn(shape, generator=generator, dtype=torch.float64) * 0.4 for shape in shapes]
-    return [weight.to(dtype) for weight in weights]
 
 
 def linear_arguments(rows=5, in_features=7, out_features=9, activation="gelu", norm="layer_norm", residual=True):
@@ -51,19 +38,6 @@ def in_float32(arguments):
 
 def prepacked(arguments):
     return {**arguments, "weight": ops.prepack_linear(arguments["weight"])}
-
-
-def prepacked_layers(weights):
-    return [ops.prepack_linear(weight) if weight.dim() == 2 else weight for weight in weights]
-
-
-def assert_as_exact_as_torch(got, torch_result, oracle):
-    """At most twice PyTorch's own error against float64, plus two roundings of a result of that size."""
-    error = (got.double() - oracle).abs().max().item() if got.numel() else 0.0
-    own = (torch_result.double() - oracle).abs().max().item() if got.numel() else 0.0
-    rounding = 2 * torch.finfo(got.dtype).eps * max(oracle.abs().max().item() if got.numel() else 0.0, 1.0)
-    assert got.shape == oracle.shape
-    assert error <= 2 * own + rounding, (error, own)
 
 
 # ---------------------------------------------------------------------------------------------- the results

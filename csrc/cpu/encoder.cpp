@@ -9,15 +9,17 @@
 namespace packedbert::cpu {
 namespace {
 
-// A token panel's hidden states and inner activations take at most so many bytes. They go through all steps
-// of a layer together, so they should stay in the second-level cache (1 MiB, or more, on processors with
-// AVX-512), with room for a few panels of weights (96 KiB at BERT-base's width) that pass through. Smaller
-// panels would read the weights, which lie further away, more often.
-constexpr int64_t kPanelBytes = 640 * 1024;
+// A token panel's hidden states and inner activations take at most so many bytes: about the second-level
+// cache of processors with AVX-512 (1 MiB or more). They go through all steps of a layer together, and each
+// tile of them meets one panel of weights after the other (96 KiB at BERT-base's width). Smaller panels read
+// all weights, which lie further away, more often: 640 KiB was 1 to 2 percent slower.
+constexpr int64_t kPanelBytes = 1024 * 1024;
 
 // Fewer tokens than this in a thread's panel do not repay that each thread reads all weights: the steps are
-// split among the threads, each of which then reads its share of them.
-constexpr int64_t kFewestPanelTokens = 28;
+// split among the threads, each of which then reads its share of them. On two cores panels of 16 took 0.9 of
+// the time of splitting (their threads read the same weights at about the same time, and wait once a layer,
+// not six times), panels of 8 took 1.25.
+constexpr int64_t kFewestPanelTokens = 12;
 
 constexpr int64_t kLine = 64 / sizeof(float);
 

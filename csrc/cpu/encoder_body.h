@@ -66,8 +66,8 @@ struct QkvFinish {
 void project_qkv(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const QkvFinish finish{run.qkv_of(run.layer + 1), run.next_weights().qkv_bias, run.first};
-  multiply_units(run.qkv_units(), run.hidden(), run.plan->hidden_stride, run.next_weights().qkv_weight, begin,
-                 end, finish);
+  multiply_units(run.qkv_units(), run.hidden(), run.plan->hidden_stride, run.next_weights().qkv_weight,
+                 run.next_weights().attention_output_weight, begin, end, finish);
 }
 
 void attend(const void* context, int64_t begin, int64_t end) {
@@ -81,19 +81,20 @@ PACKEDBERT_INLINE void project_back(const LayerRun& run,
                                     const Units& units,
                                     const float* weight,
                                     const float* bias,
+                                    const float* next,
                                     int64_t begin,
                                     int64_t end) {
   const LinearFinish finish{
       finish_tile<Activation::none>, run.encoder->hidden_size, bias, run.hidden(), run.hidden(),
       run.plan->hidden_stride};
-  multiply_units(units, run.inner, run.plan->inner_stride, weight, begin, end, finish);
+  multiply_units(units, run.inner, run.plan->inner_stride, weight, next, begin, end, finish);
 }
 
 void project_context(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const EncoderLayer& w = run.weights();
-  project_back(run, run.attention_output_units(), w.attention_output_weight, w.attention_output_bias, begin,
-               end);
+  project_back(run, run.attention_output_units(), w.attention_output_weight, w.attention_output_bias,
+               w.up_weight, begin, end);
 }
 
 void normalize_attention(const void* context, int64_t begin, int64_t end) {
@@ -115,12 +116,14 @@ void project_up(const void* context, int64_t begin, int64_t end) {
                             nullptr,
                             run.inner,
                             run.plan->inner_stride};
-  multiply_units(run.up_units(), run.hidden(), run.plan->hidden_stride, w.up_weight, begin, end, finish);
+  multiply_units(run.up_units(), run.hidden(), run.plan->hidden_stride, w.up_weight, w.down_weight, begin,
+                 end, finish);
 }
 
 void project_down(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
-  project_back(run, run.down_units(), run.weights().down_weight, run.weights().down_bias, begin, end);
+  const float* next = run.is_last() ? nullptr : run.next_weights().qkv_weight;
+  project_back(run, run.down_units(), run.weights().down_weight, run.weights().down_bias, next, begin, end);
 }
 
 // After the last layer the rows go to where they belong in the padded batch.

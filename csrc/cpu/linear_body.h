@@ -52,29 +52,39 @@ struct Units {
 
 // The units [begin, end) of input weight^T. Each tile goes to finish(sums [rows, kPanelWidth], first row,
 // rows, first column) from the first-level cache.
-//   input [units.rows, units.depth] with input_stride between rows; weight [panels, depth, kPanelWidth].
+//   input [units.rows, units.depth] with input_stride between rows; weight [panels, depth, kPanelWidth];
+//   next: the weight that this thread will read afterwards, or null.
+// While a panel is multiplied, the next one is brought to the second-level cache, a share of it with each
+// tile: 2 to 9 percent, because the processor's own prefetching starts anew with every panel.
 template <typename Finish>
 PACKEDBERT_INLINE void multiply_units(const Units& units,
                                       const float* input,
                                       int64_t input_stride,
                                       const float* weight,
+                                      const float* next,
                                       int64_t begin,
                                       int64_t end,
                                       const Finish& finish) {
   alignas(64) float sums[kTileRows * kPanelWidth];
-  const int64_t tiles = smaller(units.tiles, units.tiles_per_block);
+  const int64_t panel_size = units.depth * kPanelWidth;
+  const int64_t tiles_of_panel = smaller(units.tiles, units.tiles_per_block);
+  const int64_t share = ceil_div(kPanelWidth * sizeof(float), tiles_of_panel);
   for (int64_t unit = begin; unit < end; ++unit) {
     int64_t tile = 0;
     int64_t panel = 0;
     units.find(unit, &tile, &panel);
     const int64_t row = units.first_row(tile);
     const int64_t rows = units.first_row(tile + 1) - row;
-    const int64_t share = ceil_div(kPanelWidth * sizeof(float), tiles);
-    const Prefetch ahead{reinterpret_cast<const char*>(weight + (panel + 1) * units.depth * kPanelWidth) +
-                             tile % units.tiles_per_block * share * units.depth,
-                         share};
-    multiply_tile(input + row * input_stride, input_stride, rows, weight + panel * units.depth * kPanelWidth,
-                  units.depth, sums, kPanelWidth, ahead);
+    const float* this_panel = weight + panel * panel_size;
+    const float* next_panel = unit + tiles_of_panel < end ? this_panel + panel_size : next;
+    Prefetch ahead = no_prefetch(this_panel);
+    if (next_panel) {
+      ahead.from =
+          reinterpret_cast<const char*>(next_panel) + tile % units.tiles_per_block * share * units.depth;
+      ahead.bytes = share;
+    }
+    multiply_tile(input + row * input_stride, input_stride, rows, this_panel, units.depth, sums, kPanelWidth,
+                  ahead);
     finish(sums, row, rows, panel * kPanelWidth);
   }
 }

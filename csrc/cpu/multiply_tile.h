@@ -28,8 +28,9 @@ PACKEDBERT_INLINE void copy(const float* from, int64_t count, float* to) {
   if (i < count) Vec::load_partial(from + i, count - i).store_partial(to + i, count - i);
 }
 
-// Memory to bring to the second-level cache during a product: an address for each input, `bytes` apart. It has
-// to be a mapped one, although nothing is read: the processor looks it up, and 0 costs more than the product.
+// Memory to bring to the second-level cache during a product: an address for each input, `bytes` apart. It
+// has to be a mapped one, although nothing is read: the processor looks it up, and 0 costs more than the
+// product.
 struct Prefetch {
   const char* from;
   int64_t bytes;
@@ -97,7 +98,8 @@ PACKEDBERT_INLINE void multiply_block_of(int64_t rows,
                                          Prefetch ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return multiply_block_of<kRows - 1, kAdd>(rows, input, input_stride, weight, depth, tile, tile_stride, ahead);
+      return multiply_block_of<kRows - 1, kAdd>(rows, input, input_stride, weight, depth, tile, tile_stride,
+                                                ahead);
     }
   }
   multiply_block<kRows, kAdd>(input, input_stride, weight, depth, tile, tile_stride, ahead);
@@ -133,9 +135,11 @@ inline void multiply_tile(const float* input,
     for (int64_t column = 0; column < kPanelWidth; column += kTileColumns) {
       const float* weight = panel + k * kPanelWidth + column;
       if (k == 0) {
-        multiply_block_of<kTileRows, false>(rows, from, stride, weight, block, tile + column, tile_stride, ahead);
+        multiply_block_of<kTileRows, false>(rows, from, stride, weight, block, tile + column, tile_stride,
+                                            ahead);
       } else {
-        multiply_block_of<kTileRows, true>(rows, from, stride, weight, block, tile + column, tile_stride, ahead);
+        multiply_block_of<kTileRows, true>(rows, from, stride, weight, block, tile + column, tile_stride,
+                                           ahead);
       }
     }
   }

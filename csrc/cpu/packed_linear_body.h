@@ -14,7 +14,8 @@ void multiply_packed_linear(const void* context, int64_t begin, int64_t end) {
                             linear.residual,
                             linear.output,
                             linear.out_features};
-  multiply_units(units_of(linear), linear.input, linear.in_features, linear.weight, begin, end, finish);
+  multiply_units(units_of(linear), linear.input, linear.in_features, linear.weight, nullptr, begin, end,
+                 finish);
 }
 
 // The rows [begin, end) of the output, normalised in place.
