@@ -31,6 +31,9 @@ CELLS = ((1, 32), (1, 128), (1, 384), (8, 128), (8, 384), (32, 128))
 QUICK_CELLS = ((1, 32), (1, 128), (8, 128))
 TINY_CELLS = ((1, 8), (2, 16))
 
+#: Peers that run the dense model too in a quick run: the seed's own measure is against eager PyTorch.
+QUICK_DENSE = ("packedbert", "PyTorch eager")
+
 #: Seconds that a peer is timed for in a cell, and the fewest and most calls.
 BUDGET, LEAST, MOST = 3.0, 3, 40
 
@@ -140,26 +143,30 @@ def main(quick: bool, tiny: bool, dense: bool, threads: int, out: Path | None) -
     if about["isa"] in ("avx2", "avx512") and (peak := machine.fma_peak(about["isa"], threads)):
         about["fma_gflops"] = f"{peak / 1e9:.1f}"
 
-    found: list[dict[str, Any]] = []
-    models = [("packed", structure)] + ([("dense", structure.unpruned())] if dense else [])
-    for kind, shape in models:
+    models = [("packed", structure, peers)]
+    if dense:
         # int8 on the dense model would double the time, and answer nothing that is asked here.
-        runners = build(
-            bench.build_stock(shape), peers if kind == "packed" else [p for p in peers if p.precision == "fp32"]
+        rivals = [peer for peer in peers if peer.precision == "fp32"]
+        models.append(
+            ("dense", structure.unpruned(), [p for p in rivals if p.name in QUICK_DENSE] if quick else rivals)
         )
-        found += rows(shape, kind, runners, cells)
-        del runners
     out = out or RESULTS / "model.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*found[0], *about])
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in found)
-    for row in found:
-        click.echo(
-            f"{row['model']:7}{row['peer']:17}{row['precision']:6}({row['batch']},{row['length']}) {row['cache']:5}"
-            f"{row['median_ms']:10.2f} ms {row['time_over_L']:7.3f} L"
-        )
+        writer = None
+        for kind, shape, candidates in models:
+            runners = build(bench.build_stock(shape), candidates)
+            for row in rows(shape, kind, runners, cells):
+                writer = writer or csv.DictWriter(file, [*row, *about])
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow({**row, **about})
+                file.flush()  # an interrupted run keeps what it has
+                click.echo(
+                    f"{kind:7}{row['peer']:17}{row['precision']:6}({row['batch']},{row['length']}) {row['cache']:5}"
+                    f"{row['median_ms']:10.2f} ms {row['time_over_L']:7.3f} L"
+                )
+            del runners
     click.echo(f"written: {out}")
 
 
