@@ -1,5 +1,5 @@
 // The Python module packedbert._C: a few functions about the processor. Importing it also registers the ops
-// of ops.cpp. It keeps to Python's limited API, so that one file serves every Python from 3.10 on.
+// of ops*.cpp. It keeps to Python's limited API, so that one file serves every Python from 3.10 on.
 #include <Python.h>
 
 #include <cstring>

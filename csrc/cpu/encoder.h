@@ -60,7 +60,7 @@ struct EncoderPlan {
   int64_t size;        // floats in all
 };
 
-// threads: how many the ParallelFor has at most. The plan depends on it, the result does not.
+// threads: how many the ParallelFor has at most, 1 or more. The plan depends on it, the result does not.
 EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads);
 
 // Runs the body for active_isa(). The result has the same bits whatever the number of threads, and those of a
