@@ -28,8 +28,8 @@ _SCHEMAS = torch.library.Library("packedbert", "DEF")
 
 _SCHEMAS.define("prepack_linear(Tensor weight) -> Tensor")
 _SCHEMAS.define(
-    'packed_linear(Tensor input, Tensor weight, Tensor bias, str activation="none", Tensor? residual=None, '
-    'str norm="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-12) -> Tensor'
+    "packed_linear(Tensor input, Tensor weight, Tensor bias, str activation, Tensor? residual, str norm, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor"
 )
 _SCHEMAS.define("pruned_attention(Tensor qkv, Tensor cu_seqlens, int num_heads) -> Tensor")
 _SCHEMAS.define(
@@ -38,7 +38,7 @@ _SCHEMAS.define(
 )
 _SCHEMAS.define(
     "encoder(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
-    'str activation="gelu", str norm="layer_norm", float eps=1e-12, str backend="auto", int cache=0) -> Tensor'
+    "str activation, str norm, float eps, str backend, int cache) -> Tensor"
 )
 
 
@@ -122,12 +122,12 @@ def _packed_linear_default(
     input: Tensor,
     weight: Tensor,
     bias: Tensor,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-12,
+    activation: str,
+    residual: Tensor | None,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     _packed_linear_check(input, weight, bias, activation, residual, norm, norm_weight, norm_bias)
     return reference.packed_linear(input, weight, bias, activation, residual, norm, norm_weight, norm_bias, eps)
@@ -137,12 +137,12 @@ def _packed_linear_fake(
     input: Tensor,
     weight: Tensor,
     bias: Tensor,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-12,
+    activation: str,
+    residual: Tensor | None,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     _packed_linear_check(input, weight, bias, activation, residual, norm, norm_weight, norm_bias)
     return input.new_empty((*input.shape[:-1], bias.shape[0]))
@@ -409,11 +409,11 @@ def _encoder_default(
     attention_mask: Tensor | None,
     weights: Sequence[Tensor],
     num_heads: Sequence[int],
-    activation: str = "gelu",
-    norm: str = "layer_norm",
-    eps: float = 1e-12,
-    backend: str = "auto",
-    cache: int = 0,
+    activation: str,
+    norm: str,
+    eps: float,
+    backend: str,
+    cache: int,
 ) -> Tensor:
     _encoder_check("encoder", hidden_states, attention_mask, weights, num_heads)
     backend = dispatch.resolve(backend, hidden_states.device, hidden_states.dtype)
@@ -433,11 +433,11 @@ def _encoder_fake(
     attention_mask: Tensor | None,
     weights: Sequence[Tensor],
     num_heads: Sequence[int],
-    activation: str = "gelu",
-    norm: str = "layer_norm",
-    eps: float = 1e-12,
-    backend: str = "auto",
-    cache: int = 0,
+    activation: str,
+    norm: str,
+    eps: float,
+    backend: str,
+    cache: int,
 ) -> Tensor:
     _encoder_check("encoder", hidden_states, attention_mask, weights, num_heads)
     return hidden_states.new_empty(hidden_states.shape)

@@ -176,8 +176,8 @@ def opcheck_cases():
             ((hidden, mask != 0, prepacked_layers(weights), [2, 0], "relu", "no_norm", 0.0), {}),
         ],
         "encoder": [
-            ((hidden, mask, weights, [2, 0]), {}),
-            ((hidden, None, weights, [2, 0], "relu", "no_norm", 0.0, "reference"), {}),
+            ((hidden, mask, weights, [2, 0], "gelu", "layer_norm", 1e-12, "auto", 0), {}),
+            ((hidden, None, weights, [2, 0], "relu", "no_norm", 0.0, "reference", 0), {}),
         ],
     }
 
