@@ -9,15 +9,17 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import torch
 
+import packedbert
 from packedbert import dispatch
 from packedbert.bench import interleaved
 
-PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "nncf", "packedbert")
+PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "nncf")
 
 
 def cpu_name() -> str:
@@ -31,23 +33,48 @@ def cpu_name() -> str:
     return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
 
 
-def describe(threads: int) -> dict[str, str]:
-    """Names and versions, one column of the CSV each."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "none"
-    return {
-        "date": date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": str(os.cpu_count()),
-        "threads": str(threads),
-        "isa": dispatch.cpu_isa(),
-        "python": platform.python_version(),
-        **versions,
-    }
+@dataclass(frozen=True)
+class Machine:
+    """What the figures of a run were taken on.
+
+    Attributes:
+        names: processor, threads, instruction set, date, versions.
+        fma_flops: FLOP/s of multiply-adds on registers alone, on all threads; None where there is no compiler.
+        copy_bytes: bytes/s of a copy in memory, read and written.
+    """
+
+    names: dict[str, str]
+    fma_flops: float | None
+    copy_bytes: float
+
+    @classmethod
+    def measure(cls, threads: int) -> Machine:
+        """Look, and measure; torch uses so many threads from here on."""
+        torch.set_num_threads(threads)
+        names = {
+            "date": date.today().isoformat(),
+            "cpu": cpu_name(),
+            "cores": str(os.cpu_count()),
+            "threads": str(threads),
+            "isa": dispatch.cpu_isa(),
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+            "packedbert": packedbert.__version__,
+        }
+        return cls(names, fma_peak(names["isa"], threads), bandwidth())
+
+    def columns(self) -> dict[str, str]:
+        """One column of a CSV each."""
+        peak = "" if self.fma_flops is None else f"{self.fma_flops / 1e9:.1f}"
+        return {**self.names, "fma_gflops": peak, "copy_gb_s": f"{self.copy_bytes / 1e9:.1f}"}
+
+
+def version(package: str) -> str:
+    """Of an installed package, or "none"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 class Sgemm:
@@ -74,11 +101,11 @@ def bandwidth(runs: int = 9) -> float:
 
 
 def fma_peak(isa: str, threads: int) -> float | None:
-    """FLOP/s of a loop of fused multiply-adds on registers alone, for "avx2" or "avx512"; None without g++."""
+    """FLOP/s of a loop of fused multiply-adds on registers alone; None without g++, or without vectors."""
     compiler = shutil.which("g++")
-    if compiler is None:
+    flags = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"]}.get(isa)
+    if compiler is None or flags is None:
         return None
-    flags = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"]}[isa]
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "fma_peak"
         source = Path(__file__).with_name("fma_peak.cpp")

@@ -18,6 +18,8 @@ PACKEDBERT_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace packedbert::cpu::avx512 {
 
 constexpr int kTileRows = 14;  // 28 sums, 2 weights and 1 input: 31 of 32 registers
+constexpr int64_t kDepthBlock = 128;
+constexpr int64_t kNearPrefetch = 0;
 
 // clang-format off: each builds on the one before
 #include "cpu/vec_avx512.h"

@@ -8,6 +8,8 @@
 namespace packedbert::cpu::scalar {
 
 constexpr int kTileRows = 6;  // 12 sums, 2 weights and 1 input: 15 of the 16 registers of x86-64's baseline
+constexpr int64_t kDepthBlock = 128;
+constexpr int64_t kNearPrefetch = 0;
 
 // clang-format off: each builds on the one before
 #include "cpu/vec_scalar.h"

@@ -1,16 +1,17 @@
 // The matrix product's microkernel, over Vec. Included inside the namespace and the target region of one
-// instruction set, which has defined kTileRows: the rows whose 2 * kTileRows sums fit its registers beside
-// two of weights and one of input.
+// instruction set, which has defined
+//   kTileRows: the rows whose 2 * kTileRows sums fit its registers beside two of weights and one of input;
+//   kDepthBlock: sums over at most so many inputs are kept in registers before they join the tile. The part
+//   of the input that is used again for each panel then stays in the first-level cache.
+//   kNearPrefetch: the weights of so many inputs ahead are brought to the first-level cache by hand, or 0.
 
 // Two vectors of columns at a time: narrower, an input load feeds too few multiplications; wider, the rows
 // get few.
 constexpr int64_t kTileColumns = 2 * Vec::kWidth;
 static_assert(kPanelWidth % kTileColumns == 0);
 
-// Sums over at most so many inputs are kept in registers before they join the tile. The part of the input
-// that is used again for each panel then stays in the first-level cache, and long sums are summed in blocks,
-// which rounds less.
-constexpr int64_t kDepthBlock = 128;
+// So often the inputs are read for one panel.
+constexpr int kPasses = kPanelWidth / kTileColumns;
 
 // Rows a multiple of 4 KiB apart share one set of a usual first-level cache, 8 lines for up to 14 rows:
 // blocks of such an input (1024 and 3072 are BERT's own widths) are multiplied from a copy. Copying always
@@ -28,12 +29,16 @@ PACKEDBERT_INLINE void copy(const float* from, int64_t count, float* to) {
   if (i < count) Vec::load_partial(from + i, count - i).store_partial(to + i, count - i);
 }
 
-// Memory to bring to the second-level cache during a product: an address for each input, `bytes` apart. It
-// has to be a mapped one, although nothing is read: the processor looks it up, and 0 costs more than the
+// Memory to bring to the second-level cache during a product: an address for every kPasses inputs of each
+// pass, `bytes` apart, so that all passes together ask for as many addresses as there are inputs. It has to
+// be mapped memory, although nothing is read: the processor looks the address up, and 0 costs more than the
 // product.
 struct Prefetch {
   const char* from;
   int64_t bytes;
+
+  // Past what one pass over so many inputs has asked for.
+  PACKEDBERT_INLINE void skip(int64_t inputs) { from += inputs / kPasses * bytes; }
 };
 
 // The panel itself, which is there anyway.
@@ -59,9 +64,8 @@ void multiply_block(const float* input,
   Vec sum[kRows][2];
   PACKEDBERT_UNROLL
   for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = Vec::zero();
-  for (int64_t k = 0; k < depth; ++k) {
-    __builtin_prefetch(ahead.from, 0, 2);
-    ahead.from += ahead.bytes;
+  const auto multiply_input = [&]() PACKEDBERT_INLINE_LAMBDA {
+    if constexpr (kNearPrefetch > 0) __builtin_prefetch(weight + kNearPrefetch * kPanelWidth, 0, 3);
     const Vec weight0 = Vec::load(weight);
     const Vec weight1 = Vec::load(weight + Vec::kWidth);
     PACKEDBERT_UNROLL
@@ -73,7 +77,15 @@ void multiply_block(const float* input,
     PACKEDBERT_UNROLL
     for (int i = 0; i < kPointers; ++i) pointer[i] += 1;
     weight += kPanelWidth;
+  };
+  int64_t k = 0;
+  for (; k + kPasses <= depth; k += kPasses) {
+    __builtin_prefetch(ahead.from, 0, 2);
+    ahead.from += ahead.bytes;
+    PACKEDBERT_UNROLL
+    for (int i = 0; i < kPasses; ++i) multiply_input();
   }
+  for (; k < depth; ++k) multiply_input();
   PACKEDBERT_UNROLL
   for (int row = 0; row < kRows; ++row) {
     float* to = tile + row * tile_stride;
@@ -123,7 +135,7 @@ inline void multiply_tile(const float* input,
                           Prefetch ahead) {
   const bool rows_collide = input_stride % kCollidingStride == 0;
   alignas(64) float copied[kTileRows * kDepthBlock];
-  for (int64_t k = 0; k < depth || k == 0; k += kDepthBlock, ahead.from += ahead.bytes * kDepthBlock) {
+  for (int64_t k = 0; k < depth || k == 0; k += kDepthBlock) {
     const int64_t block = smaller(kDepthBlock, depth - k);
     const float* from = input + k;
     int64_t stride = input_stride;
@@ -141,6 +153,7 @@ inline void multiply_tile(const float* input,
         multiply_block_of<kTileRows, true>(rows, from, stride, weight, block, tile + column, tile_stride,
                                            ahead);
       }
+      ahead.skip(block);
     }
   }
 }

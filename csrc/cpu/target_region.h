@@ -24,3 +24,4 @@
 
 // A vector argument must never be passed in memory, and a helper never be left as a call in an inner loop.
 #define PACKEDBERT_INLINE inline __attribute__((always_inline))
+#define PACKEDBERT_INLINE_LAMBDA __attribute__((always_inline))
