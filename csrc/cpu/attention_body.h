@@ -22,16 +22,36 @@ struct QueriesKeysValues {
   float* values;
 };
 
-// Copies columns [column, column + columns) of the q, k and v of tokens [token, token + rows) to their
-// places.
-//   from [rows, columns] with from_stride between rows.
+// to = from + bias, of [rows, columns]; bias [columns], or null for none.
+inline void place_rows(const float* from,
+                       int64_t from_stride,
+                       int64_t rows,
+                       int64_t columns,
+                       const float* bias,
+                       float* to,
+                       int64_t to_stride) {
+  for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
+    if (!bias) {
+      copy(from, columns, to);
+      continue;
+    }
+    int64_t i = 0;
+    for (; i + Vec::kWidth <= columns; i += Vec::kWidth)
+      (Vec::load(from + i) + Vec::load(bias + i)).store(to + i);
+    for (; i < columns; ++i) to[i] = from[i] + bias[i];
+  }
+}
+
+// Puts columns [column, column + columns) of the q, k and v of tokens [token, token + rows) in their places.
+//   from [rows, columns] with from_stride between rows; bias [columns], to be added, or null.
 inline void place_qkv(const QueriesKeysValues& to,
                       const float* from,
                       int64_t from_stride,
                       int64_t token,
                       int64_t rows,
                       int64_t column,
-                      int64_t columns) {
+                      int64_t columns,
+                      const float* bias) {
   const Ragged& batch = to.batch;
   const int64_t width = to.heads.width();
   const int64_t size = to.heads.size;
@@ -46,21 +66,24 @@ inline void place_qkv(const QueriesKeysValues& to,
                          : part == 1 ? size - d
                                      : smaller(size - d, kPanelWidth - in_panel);
     const int64_t run = smaller(columns, rest);
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* x = from + row * from_stride;
-      if (part == 0) {
-        copy(x, run, to.queries + (token + row) * to.query_stride + in_part);
-      } else if (part == 1) {
+    if (part == 0) {
+      float* query = to.queries + token * to.query_stride + in_part;
+      place_rows(from, from_stride, rows, run, bias, query, to.query_stride);
+    } else if (part == 1) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const float* x = from + row * from_stride;
         const int64_t sequence = batch.sequence_of[token + row];
         const int64_t slot = batch.first_slot[sequence] + token + row - batch.first_token[sequence];
         const int64_t panel = head * (batch.key_slots / kPanelWidth) + slot / kPanelWidth;
         float* key = to.keys + (panel * size + d) * kPanelWidth + slot % kPanelWidth;
-        for (int64_t i = 0; i < run; ++i) key[i * kPanelWidth] = x[i];
-      } else {
-        const int64_t panel = head * panel_count(size) + d / kPanelWidth;
-        copy(x, run, to.values + (panel * batch.tokens + token + row) * kPanelWidth + in_panel);
+        for (int64_t i = 0; i < run; ++i) key[i * kPanelWidth] = bias ? x[i] + bias[i] : x[i];
       }
+    } else {
+      const int64_t panel = head * panel_count(size) + d / kPanelWidth;
+      float* value = to.values + (panel * batch.tokens + token) * kPanelWidth + in_panel;
+      place_rows(from, from_stride, rows, run, bias, value, kPanelWidth);
     }
+    if (bias) bias += run;
     from += run;
     column += run;
     columns -= run;
@@ -138,8 +161,8 @@ inline void attend_tile(const QueriesKeysValues& in,
     const bool last = key + keys == length;
     for (int64_t k = 0; k < keys; k += kPanelWidth) {
       const float* panel = in.keys + (first_slot + key + k) * size;
-      multiply_tile(queries, in.query_stride, rows, panel, size, scores + k, kScoreStride,
-                    no_prefetch(panel));
+      multiply_tile(queries, in.query_stride, rows, panel, smaller(kPanelWidth, keys - k), size, scores + k,
+                    kScoreStride, no_prefetch(panel));
     }
     for (int64_t row = 0; row < rows; ++row) {
       correction[row] =
@@ -148,10 +171,12 @@ inline void attend_tile(const QueriesKeysValues& in,
     for (int64_t panel = 0; panel < panel_count(size); ++panel) {
       const int64_t value = (head * panel_count(size) + panel) * batch.tokens + first_token + key;
       const float* values = in.values + value * kPanelWidth;
-      multiply_tile(scores, kScoreStride, rows, values, keys, tile, kPanelWidth, no_prefetch(values));
+      const int64_t columns = smaller(kPanelWidth, size - panel * kPanelWidth);
+      multiply_tile(scores, kScoreStride, rows, values, columns, keys, tile, kPanelWidth,
+                    no_prefetch(values));
       for (int64_t row = 0; row < rows; ++row) {
-        accumulate_context(tile + row * kPanelWidth, smaller(kPanelWidth, size - panel * kPanelWidth), first,
-                           correction[row], last ? 1.0f / sum[row] : 1.0f,
+        accumulate_context(tile + row * kPanelWidth, columns, first, correction[row],
+                           last ? 1.0f / sum[row] : 1.0f,
                            context + row * context_stride + panel * kPanelWidth);
       }
     }
@@ -214,7 +239,8 @@ inline QueriesKeysValues places_of(const PrunedAttention& a) {
 void place_pruned_attention(const void* context, int64_t begin, int64_t end) {
   const PrunedAttention& a = *static_cast<const PrunedAttention*>(context);
   const int64_t width = a.heads.width();
-  place_qkv(places_of(a), a.qkv + begin * 3 * width + width, 3 * width, begin, end - begin, width, 2 * width);
+  place_qkv(places_of(a), a.qkv + begin * 3 * width + width, 3 * width, begin, end - begin, width, 2 * width,
+            nullptr);
 }
 
 void attend_pruned_attention(const void* context, int64_t begin, int64_t end) {

@@ -56,10 +56,12 @@ struct QkvFinish {
   const float* bias;
   int64_t first;  // token
 
-  PACKEDBERT_INLINE void operator()(float* sums, int64_t row, int64_t rows, int64_t column) const {
+  // Its places were written a layer ago, and are small enough to be near.
+  PACKEDBERT_INLINE void prepare(int64_t, int64_t, int64_t) const {}
+
+  PACKEDBERT_INLINE void operator()(const float* sums, int64_t row, int64_t rows, int64_t column) const {
     const int64_t columns = smaller(kPanelWidth, 3 * to.heads.width() - column);
-    finish_tile<Activation::none>(sums, rows, columns, bias + column, nullptr, sums, kPanelWidth);
-    place_qkv(to, sums, kPanelWidth, first + row, rows, column, columns);
+    place_qkv(to, sums, kPanelWidth, first + row, rows, column, columns, bias + column);
   }
 };
 

@@ -18,6 +18,7 @@ constexpr int64_t kRowBlockBytes = 512 * 1024;
 struct Units {
   int64_t rows;
   int64_t depth;
+  int64_t columns;
   int64_t panels;
   int64_t tiles;
   int64_t tiles_per_block;
@@ -25,6 +26,7 @@ struct Units {
   Units(int64_t rows, int64_t in_features, int64_t out_features)
       : rows(rows),
         depth(in_features),
+        columns(out_features),
         panels(panel_count(out_features)),
         tiles(ceil_div(rows, kTileRows)),
         tiles_per_block(larger(1, kRowBlockBytes / (4 * kTileRows * larger(1, in_features)))) {}
@@ -49,6 +51,14 @@ struct Units {
     *tile = first_tile + unit_of_block % block_tiles;
   }
 };
+
+// Brings rows of kPanelWidth floats, `stride` apart, to the first-level cache, to be written.
+PACKEDBERT_INLINE void prefetch_tile(const float* to, int64_t rows, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    __builtin_prefetch(to + row * stride, 1, 3);
+    __builtin_prefetch(to + row * stride + kPanelWidth / 2, 1, 3);
+  }
+}
 
 // The units [begin, end) of input weight^T. Each tile goes to finish(sums [rows, kPanelWidth], first row,
 // rows, first column) from the first-level cache.
@@ -83,7 +93,9 @@ PACKEDBERT_INLINE void multiply_units(const Units& units,
           reinterpret_cast<const char*>(next_panel) + tile % units.tiles_per_block * share * units.depth;
       ahead.bytes = share;
     }
-    multiply_tile(input + row * input_stride, input_stride, rows, this_panel, units.depth, sums, kPanelWidth,
+    finish.prepare(row, rows, panel * kPanelWidth);
+    multiply_tile(input + row * input_stride, input_stride, rows, this_panel,
+                  smaller(kPanelWidth, units.columns - panel * kPanelWidth), units.depth, sums, kPanelWidth,
                   ahead);
     finish(sums, row, rows, panel * kPanelWidth);
   }
@@ -148,6 +160,10 @@ struct LinearFinish {
   const float* residual;  // [rows, out_features] with `stride` between rows, or null; may be the output
   float* output;          // the same
   int64_t stride;
+
+  PACKEDBERT_INLINE void prepare(int64_t row, int64_t rows, int64_t column) const {
+    prefetch_tile(output + row * stride + column, rows, stride);
+  }
 
   PACKEDBERT_INLINE void operator()(const float* sums, int64_t row, int64_t rows, int64_t column) const {
     const int64_t at = row * stride + column;

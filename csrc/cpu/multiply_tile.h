@@ -1,8 +1,8 @@
 // The matrix product's microkernel, over Vec. Included inside the namespace and the target region of one
 // instruction set, which has defined
 //   kTileRows: the rows whose 2 * kTileRows sums fit its registers beside two of weights and one of input;
-//   kDepthBlock: sums over at most so many inputs are kept in registers before they join the tile. The part
-//   of the input that is used again for each panel then stays in the first-level cache.
+//   kDepthBlock: sums over at most so many inputs are kept in registers before they join the tile, because
+//   long sums are more exact when they are summed in blocks;
 //   kNearPrefetch: the weights of so many inputs ahead are brought to the first-level cache by hand, or 0.
 
 // Two vectors of columns at a time: narrower, an input load feeds too few multiplications; wider, the rows
@@ -44,17 +44,18 @@ struct Prefetch {
 // The panel itself, which is there anyway.
 inline Prefetch no_prefetch(const float* panel) { return {reinterpret_cast<const char*>(panel), 0}; }
 
-// tile = input weight^T, or tile += input weight^T with kAdd, for kRows rows and kTileColumns columns.
+// tile = input weight^T, or tile += input weight^T with `add`, for kRows rows and kTileColumns columns.
 //   input [kRows, depth] with input_stride between rows; weight [depth, kPanelWidth], of which the first
 //   kTileColumns columns are used; tile [kRows, kTileColumns] with tile_stride between rows.
-template <int kRows, bool kAdd>
-void multiply_block(const float* input,
-                    int64_t input_stride,
-                    const float* weight,
-                    int64_t depth,
-                    float* tile,
-                    int64_t tile_stride,
-                    Prefetch ahead) {
+template <int kRows>
+void multiply_pass(const float* input,
+                   int64_t input_stride,
+                   const float* weight,
+                   int64_t depth,
+                   bool add,
+                   float* tile,
+                   int64_t tile_stride,
+                   Prefetch ahead) {
   // A pointer for every third row: the other two are addressed as + stride and + 2 * stride, which is free,
   // where a pointer a row would not fit the general registers.
   constexpr int kPointers = (kRows + 2) / 3;
@@ -62,8 +63,6 @@ void multiply_block(const float* input,
   for (int i = 0; i < kPointers; ++i) pointer[i] = input + 3 * i * input_stride;
 
   Vec sum[kRows][2];
-  PACKEDBERT_UNROLL
-  for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = Vec::zero();
   const auto multiply_input = [&]() PACKEDBERT_INLINE_LAMBDA {
     if constexpr (kNearPrefetch > 0) __builtin_prefetch(weight + kNearPrefetch * kPanelWidth, 0, 3);
     const Vec weight0 = Vec::load(weight);
@@ -78,43 +77,51 @@ void multiply_block(const float* input,
     for (int i = 0; i < kPointers; ++i) pointer[i] += 1;
     weight += kPanelWidth;
   };
-  int64_t k = 0;
-  for (; k + kPasses <= depth; k += kPasses) {
-    __builtin_prefetch(ahead.from, 0, 2);
-    ahead.from += ahead.bytes;
+  do {
+    const int64_t block = smaller(kDepthBlock, depth);
+    depth -= block;
     PACKEDBERT_UNROLL
-    for (int i = 0; i < kPasses; ++i) multiply_input();
-  }
-  for (; k < depth; ++k) multiply_input();
-  PACKEDBERT_UNROLL
-  for (int row = 0; row < kRows; ++row) {
-    float* to = tile + row * tile_stride;
-    if constexpr (kAdd) {
-      sum[row][0] = Vec::load(to) + sum[row][0];
-      sum[row][1] = Vec::load(to + Vec::kWidth) + sum[row][1];
+    for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = Vec::zero();
+    int64_t k = 0;
+    for (; k + kPasses <= block; k += kPasses) {
+      __builtin_prefetch(ahead.from, 0, 2);
+      ahead.from += ahead.bytes;
+      PACKEDBERT_UNROLL
+      for (int i = 0; i < kPasses; ++i) multiply_input();
     }
-    sum[row][0].store(to);
-    sum[row][1].store(to + Vec::kWidth);
-  }
+    for (; k < block; ++k) multiply_input();
+    PACKEDBERT_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      float* to = tile + row * tile_stride;
+      if (add) {
+        sum[row][0] = Vec::load(to) + sum[row][0];
+        sum[row][1] = Vec::load(to + Vec::kWidth) + sum[row][1];
+      }
+      sum[row][0].store(to);
+      sum[row][1].store(to + Vec::kWidth);
+    }
+    add = true;
+  } while (depth > 0);
 }
 
-// multiply_block for a number of rows known at run time, 1 <= rows <= kRows.
-template <int kRows, bool kAdd>
-PACKEDBERT_INLINE void multiply_block_of(int64_t rows,
-                                         const float* input,
-                                         int64_t input_stride,
-                                         const float* weight,
-                                         int64_t depth,
-                                         float* tile,
-                                         int64_t tile_stride,
-                                         Prefetch ahead) {
+// multiply_pass for a number of rows known at run time, 1 <= rows <= kRows.
+template <int kRows>
+PACKEDBERT_INLINE void multiply_pass_of(int64_t rows,
+                                        const float* input,
+                                        int64_t input_stride,
+                                        const float* weight,
+                                        int64_t depth,
+                                        bool add,
+                                        float* tile,
+                                        int64_t tile_stride,
+                                        Prefetch ahead) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return multiply_block_of<kRows - 1, kAdd>(rows, input, input_stride, weight, depth, tile, tile_stride,
-                                                ahead);
+      return multiply_pass_of<kRows - 1>(rows, input, input_stride, weight, depth, add, tile, tile_stride,
+                                         ahead);
     }
   }
-  multiply_block<kRows, kAdd>(input, input_stride, weight, depth, tile, tile_stride, ahead);
+  multiply_pass<kRows>(input, input_stride, weight, depth, add, tile, tile_stride, ahead);
 }
 
 // Copies `from` [rows, depth], from_stride between rows, to `to`, the same with kDepthBlock between rows.
@@ -123,37 +130,32 @@ inline void copy_block(const float* from, int64_t from_stride, int64_t rows, int
 }
 
 // tile = input panel^T.
-//   input [rows, depth], rows <= kTileRows, with input_stride between rows; panel [depth, kPanelWidth]; tile
-//   [rows, kPanelWidth] with tile_stride between rows.
+//   input [rows, depth], rows <= kTileRows, with input_stride between rows; panel [depth, kPanelWidth], of
+//   which `columns` are wanted; tile [rows, kPanelWidth] with tile_stride between rows: as many columns as
+//   the passes need that the wanted ones take.
 inline void multiply_tile(const float* input,
                           int64_t input_stride,
                           int64_t rows,
                           const float* panel,
+                          int64_t columns,
                           int64_t depth,
                           float* tile,
                           int64_t tile_stride,
                           Prefetch ahead) {
-  const bool rows_collide = input_stride % kCollidingStride == 0;
+  if (input_stride % kCollidingStride != 0) {
+    for (int64_t column = 0; column < columns; column += kTileColumns, ahead.skip(depth)) {
+      multiply_pass_of<kTileRows>(rows, input, input_stride, panel + column, depth, false, tile + column,
+                                  tile_stride, ahead);
+    }
+    return;
+  }
   alignas(64) float copied[kTileRows * kDepthBlock];
   for (int64_t k = 0; k < depth || k == 0; k += kDepthBlock) {
     const int64_t block = smaller(kDepthBlock, depth - k);
-    const float* from = input + k;
-    int64_t stride = input_stride;
-    if (rows_collide) {
-      copy_block(from, stride, rows, block, copied);
-      from = copied;
-      stride = kDepthBlock;
-    }
-    for (int64_t column = 0; column < kPanelWidth; column += kTileColumns) {
-      const float* weight = panel + k * kPanelWidth + column;
-      if (k == 0) {
-        multiply_block_of<kTileRows, false>(rows, from, stride, weight, block, tile + column, tile_stride,
-                                            ahead);
-      } else {
-        multiply_block_of<kTileRows, true>(rows, from, stride, weight, block, tile + column, tile_stride,
-                                           ahead);
-      }
-      ahead.skip(block);
+    copy_block(input + k, input_stride, rows, block, copied);
+    for (int64_t column = 0; column < columns; column += kTileColumns, ahead.skip(block)) {
+      multiply_pass_of<kTileRows>(rows, copied, kDepthBlock, panel + k * kPanelWidth + column, block, k > 0,
+                                  tile + column, tile_stride, ahead);
     }
   }
 }
