@@ -2,13 +2,12 @@
 
 Every row of the CSV is one peer in one cell (batch, length). Peers are built once and checked against PyTorch eager;
 then they take turns, with an sgemm between them, so that a machine that drifts drifts for all. L is the time that the
-model's floating-point operations take at the rate of the sgemms of the same cell. "cold" is a call after those of all
-other peers, whose weights have driven its own out of the caches; "hot" the call after that.
+model's floating-point operations take at the rate of the sgemms of the same cell. Each turn is two calls: "cold", after
+those of all other peers, whose weights have driven its own out of the caches, and "hot", the one after that.
 """
 
 from __future__ import annotations
 
-import csv
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,30 +16,26 @@ from typing import Any
 
 import click
 import machine
+import record
+import shapes
 import torch
 import transformers
 from peers import PEERS, Missing, Peer, Runner
-from rich.console import Console
 from rich.progress import track
+from shapes import Cell
 from torch import Tensor, nn
 
 from packedbert import bench
 
-RESULTS = Path(__file__).parent / "results"
-CELLS = ((1, 32), (1, 128), (1, 384), (8, 128), (8, 384), (32, 128))
-QUICK_CELLS = ((1, 32), (1, 128), (8, 128))
-TINY_CELLS = ((1, 8), (2, 16))
+#: Peers that run the dense model in every cell: the seed's own measure is against eager PyTorch. The others run it in
+#: the quick cells, and not at all in a quick run.
+DENSE_EVERYWHERE = ("packedbert", "PyTorch eager")
 
-#: Peers that run the dense model too in a quick run: the seed's own measure is against eager PyTorch.
-QUICK_DENSE = ("packedbert", "PyTorch eager")
-
-#: Seconds that a peer is timed for in a cell, and the fewest and most calls.
-BUDGET, LEAST, MOST = 3.0, 3, 40
+#: Seconds that a peer is timed for in a cell, and the fewest and most turns.
+BUDGET, LEAST, MOST = 2.5, 3, 30
 
 #: Largest difference from PyTorch eager that a peer's logits may have, as a multiple of their spread.
 TOLERANCE = {"fp32": 1e-4, "int8": 0.5}
-
-console = Console(stderr=True)
 
 
 def batches(batch: int, length: int, vocab_size: int, count: int = 4) -> list[tuple[Tensor, Tensor]]:
@@ -53,13 +48,13 @@ def batches(batch: int, length: int, vocab_size: int, count: int = 4) -> list[tu
 def build(model: nn.Module, peers: Sequence[Peer]) -> dict[Peer, Runner]:
     """All peers that can run the model here; the others are named."""
     runners = {}
-    for peer in track(peers, "building the peers", console=console, transient=True):
+    for peer in track(peers, "building the peers", console=record.console, transient=True):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 runners[peer] = peer.build(model)
         except Missing as reason:
-            console.print(f"skipped {peer.name} ({peer.precision}): {reason}")
+            record.console.print(f"skipped {peer.name} ({peer.precision}): {reason}")
     return runners
 
 
@@ -95,17 +90,16 @@ def measure(
 
 
 def rows(
-    structure: bench.Structure, model_kind: str, runners: dict[Peer, Runner], cells: tuple[tuple[int, int], ...]
+    structure: bench.Structure, model_kind: str, runners: dict[Peer, Runner], cells: Sequence[Cell]
 ) -> Iterator[dict[str, Any]]:
     """The CSV's rows for one model."""
-    for batch, length in track(cells, f"{structure.name}, {model_kind}", console=console, transient=True):
+    for batch, length in cells:
         data = batches(batch, length, structure.vocab_size)
         eager = next(run for peer, run in runners.items() if peer.name == "PyTorch eager")
         check(runners, eager(*data[0]), data[0])
         times, rate = measure(runners, data)
         flops = structure.flops(batch, length)
         for (peer, cache), seconds in times.items():
-            low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
             yield {
                 "structure": structure.name,
                 "model": model_kind,
@@ -114,14 +108,27 @@ def rows(
                 "batch": batch,
                 "length": length,
                 "cache": cache,
-                "calls": len(seconds),
-                "median_ms": round(1e3 * median, 4),
-                "quartile_1_ms": round(1e3 * low, 4),
-                "quartile_3_ms": round(1e3 * high, 4),
+                **record.summary(seconds),
                 "gflop": round(flops / 1e9, 4),
                 "sgemm_gflops": round(rate / 1e9, 1),
-                "time_over_L": round(median * rate / flops, 4),
+                "time_over_L": round(statistics.median(seconds) * rate / flops, 4),
             }
+
+
+def every_row(structure: bench.Structure, cells: Sequence[Cell], quick: bool, dense: bool) -> Iterator[dict[str, Any]]:
+    """The packed model with all peers, then the dense one."""
+    fp32 = [peer for peer in PEERS if peer.precision == "fp32"]
+    yield from rows(structure, "packed", build(bench.build_stock(structure), fp32 if quick else PEERS), cells)
+    if not dense:
+        return
+    everywhere = [peer for peer in fp32 if peer.name in DENSE_EVERYWHERE]
+    some = everywhere if quick else fp32  # int8 on the dense model answers nothing that is asked here
+    unpruned = structure.unpruned()
+    runners = build(bench.build_stock(unpruned), some)
+    few = [cell for cell in cells if cell in shapes.QUICK_CELLS or quick]
+    yield from rows(unpruned, "dense", runners, few)
+    left = [cell for cell in cells if cell not in few]
+    yield from rows(unpruned, "dense", {peer: runners[peer] for peer in everywhere}, left)
 
 
 @click.command()
@@ -129,45 +136,15 @@ def rows(
 @click.option("--tiny", is_flag=True, help="A toy structure: seconds; checks that the benchmark still runs.")
 @click.option("--dense/--no-dense", default=True, show_default=True, help="Also the unpruned BERT-base.")
 @click.option("--threads", default=torch.get_num_threads(), show_default=True, help="Threads of every peer.")
-@click.option("--out", type=click.Path(path_type=Path), help="CSV to write; default: benchmarks/results/model.csv.")
-def main(quick: bool, tiny: bool, dense: bool, threads: int, out: Path | None) -> None:
+@click.option("--out", type=click.Path(path_type=Path), default=record.RESULTS / "model.csv", show_default=True)
+def main(quick: bool, tiny: bool, dense: bool, threads: int, out: Path) -> None:
     """Time packedbert and its peers on the seed's structure."""
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
+    about = machine.Machine.measure(threads)
     structure = bench.STRUCTURES["tiny"] if tiny else bench.SEED
-    cells = TINY_CELLS if tiny else QUICK_CELLS if quick else CELLS
-    peers = tuple(peer for peer in PEERS if peer.precision == "fp32") if quick or tiny else PEERS
-    about = machine.describe(threads)
-    about |= {"fma_gflops": "", "copy_gb_s": f"{machine.bandwidth() / 1e9:.1f}"}
-    if about["isa"] in ("avx2", "avx512") and (peak := machine.fma_peak(about["isa"], threads)):
-        about["fma_gflops"] = f"{peak / 1e9:.1f}"
-
-    models = [("packed", structure, peers)]
-    if dense:
-        # int8 on the dense model would double the time, and answer nothing that is asked here.
-        rivals = [peer for peer in peers if peer.precision == "fp32"]
-        models.append(
-            ("dense", structure.unpruned(), [p for p in rivals if p.name in QUICK_DENSE] if quick else rivals)
-        )
-    out = out or RESULTS / "model.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = None
-        for kind, shape, candidates in models:
-            runners = build(bench.build_stock(shape), candidates)
-            for row in rows(shape, kind, runners, cells):
-                writer = writer or csv.DictWriter(file, [*row, *about])
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow({**row, **about})
-                file.flush()  # an interrupted run keeps what it has
-                click.echo(
-                    f"{kind:7}{row['peer']:17}{row['precision']:6}({row['batch']},{row['length']}) {row['cache']:5}"
-                    f"{row['median_ms']:10.2f} ms {row['time_over_L']:7.3f} L"
-                )
-            del runners
-    click.echo(f"written: {out}")
+    cells = shapes.TINY_CELLS if tiny else shapes.QUICK_CELLS if quick else shapes.CELLS
+    record.write(out, every_row(structure, cells, quick or tiny, dense), about)
 
 
 if __name__ == "__main__":

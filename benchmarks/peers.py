@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import struct
+import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -204,9 +209,64 @@ def openvino_int8(model: nn.Module) -> Runner:
     return openvino_runner(graph)
 
 
+@torch.no_grad()
+def save_as_nn_pruning(model: Any, folder: Path) -> None:
+    """Write a narrow stock model as nn_pruning stores it: FFNs of full width, with zero rows.
+
+    Raises:
+        Missing: heads are gone, and which ones is not known.
+    """
+    config, full = copy.deepcopy(model.config), copy.deepcopy(model)
+    gone = config.pruned_heads or {}
+    for index, layer in enumerate(full.bert.encoder.layer):
+        left = layer.attention.self.num_attention_heads
+        if left + len(gone.get(index, ())) != config.num_attention_heads:
+            raise Missing("which heads were pruned is not published for this structure")
+        up, down = layer.intermediate.dense, layer.output.dense
+        more = config.intermediate_size - up.out_features
+        up.weight.data = nn.functional.pad(up.weight, (0, 0, 0, more))
+        up.bias.data = nn.functional.pad(up.bias, (0, more))
+        down.weight.data = nn.functional.pad(down.weight, (0, more))
+    safetensors.torch.save_file(full.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["BertForQuestionAnswering"]
+    config.save_pretrained(folder)
+
+
+def nn_pruning(model: nn.Module) -> Runner:
+    """nn_pruning's optimize_model on transformers 4.57.6, in a venv of their own (`nox -s oracle` makes one)."""
+    python = os.environ.get("PACKEDBERT_ORACLE_PYTHON")
+    if not python:
+        raise Missing("PACKEDBERT_ORACLE_PYTHON names no python with transformers 4.57.6 and nn_pruning")
+    folder = tempfile.TemporaryDirectory()
+    save_as_nn_pruning(model, Path(folder.name))
+    worker = Path(__file__).with_name("oracle_peer.py")
+    # -I: nothing of ours on its path.
+    command = [python, "-I", str(worker), folder.name, str(torch.get_num_threads())]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    requests, replies = process.stdin, process.stdout
+    assert requests is not None
+    assert replies is not None
+
+    def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        batch, length = input_ids.shape
+        requests.write(
+            struct.pack("<2q", batch, length) + input_ids.numpy().tobytes() + attention_mask.numpy().tobytes()
+        )
+        requests.flush()
+        logits = replies.read(2 * batch * length * 4)
+        if not logits:
+            raise RuntimeError(f"{python} ended with status {process.wait()}")
+        return torch.frombuffer(bytearray(logits), dtype=torch.float32).view(2, batch, length)
+
+    weakref.finalize(run, process.kill)
+    run.folder = folder  # type: ignore[attr-defined]  # the files live as long as the runner
+    return run
+
+
 PEERS = (
     Peer("packedbert", "fp32", ours, ours=True),
     Peer("PyTorch eager", "fp32", eager),
+    Peer("nn_pruning", "fp32", nn_pruning),
     Peer("torch.compile", "fp32", compiled),
     Peer("ONNX Runtime", "fp32", onnxruntime_fp32),
     Peer("OpenVINO", "fp32", openvino_fp32),
