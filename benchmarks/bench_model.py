@@ -58,18 +58,25 @@ def build(model: nn.Module, peers: Sequence[Peer]) -> dict[Peer, Runner]:
     return runners
 
 
-def check(runners: dict[Peer, Runner], expected: Tensor, data: tuple[Tensor, Tensor]) -> None:
-    """Every peer has to give the answers before its time counts.
+def check(runners: dict[Peer, Runner], expected: Tensor, data: tuple[Tensor, Tensor]) -> dict[Peer, float]:
+    """Every peer has to give the answers before its time counts; one that doesn't is named and left out.
+
+    Returns: the largest difference of the logits from eager PyTorch's, in units of their spread, of those that do.
 
     Raises:
-        SystemExit: one doesn't.
+        SystemExit: packedbert doesn't.
     """
+    errors = {}
     for peer, run in runners.items():
         error = (run(*data) - expected).abs().max().item() / expected.std().item()
-        if not error <= TOLERANCE[peer.precision]:
-            raise SystemExit(
-                f"{peer.name} ({peer.precision}) is wrong: its logits are off by {error:.3g} of their spread"
-            )
+        if error <= TOLERANCE[peer.precision]:
+            errors[peer] = error
+            continue
+        wrong = f"{peer.name} ({peer.precision}) is wrong: its logits are off by {error:.3g} of their spread"
+        if peer.ours:
+            raise SystemExit(wrong)
+        record.console.print(f"left out at {tuple(data[0].shape)}: {wrong}")
+    return errors
 
 
 def measure(
@@ -83,7 +90,7 @@ def measure(
     calls: dict[Any, Callable[[int], object]] = {"sgemm": machine.Sgemm()}
     for peer, run in runners.items():
         calls[peer, "cold"], calls[peer, "hot"] = call(run, 0), call(run, 1)
-    trial = bench.interleaved(calls, 1, warmup=1)
+    trial = bench.interleaved(calls, 1, warmup=0)  # check() has run every peer at this shape
     rounds = max(LEAST, min(MOST, int(BUDGET / max(seconds for (seconds,) in trial.values()))))
     times: dict[Any, list[float]] = bench.interleaved(calls, rounds, warmup=0)
     return times, machine.Sgemm.FLOPS / statistics.median(times.pop("sgemm"))
@@ -96,8 +103,8 @@ def rows(
     for batch, length in cells:
         data = batches(batch, length, structure.vocab_size)
         eager = next(run for peer, run in runners.items() if peer.name == "PyTorch eager")
-        check(runners, eager(*data[0]), data[0])
-        times, rate = measure(runners, data)
+        errors = check(runners, eager(*data[0]), data[0])
+        times, rate = measure({peer: runners[peer] for peer in errors}, data)
         flops = structure.flops(batch, length)
         for (peer, cache), seconds in times.items():
             yield {
@@ -112,6 +119,7 @@ def rows(
                 "gflop": round(flops / 1e9, 4),
                 "sgemm_gflops": round(rate / 1e9, 1),
                 "time_over_L": round(statistics.median(seconds) * rate / flops, 4),
+                "logits_error": float(f"{errors[peer]:.2g}"),
             }
 
 

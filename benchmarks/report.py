@@ -1,6 +1,6 @@
-"""From CSV to what people read: `python benchmarks/report.py` writes the README's table and the plots.
+"""From CSVs to what people read: `python benchmarks/report.py` writes the README's tables and the plots.
 
-The table stands between two marker comments in README.md; nothing else there is touched.
+The tables stand between two marker comments in README.md; nothing else there is touched.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import click
 import matplotlib
@@ -46,6 +47,12 @@ def over_l(rows: list[Row], cell: Cell, peer: str, cache: str) -> float:
     return next(float(row["time_over_L"]) for row in rows if wanted.items() <= row.items())
 
 
+def machine_line(row: Row) -> str:
+    """What a run was taken on."""
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "transformers", "onnxruntime", "openvino"))
+    return f"{row['cpu']}, {row['threads']} threads, {row['isa']}, {row['date']}; {versions}"
+
+
 def table(rows: list[Row]) -> str:
     """Markdown: packedbert in each cell against the best float32 peer, eager PyTorch, and dense eager PyTorch."""
     packed, dense = milliseconds(rows, "packed", "hot"), milliseconds(rows, "dense", "hot")
@@ -62,54 +69,133 @@ def table(rows: list[Row]) -> str:
             f"| {best / ours:.2f}x | {peers[EAGER] / ours:.2f}x | {against_dense} |"
         )
     row = rows[0]
-    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "transformers", "onnxruntime", "openvino"))
     lines += [
         "",
-        f"{row['cpu']}, {row['threads']} threads, {row['isa']}, {row['date']}; {versions}. float32, medians, warm "
-        f"caches, all peers in turns in one process. sgemm {row['sgemm_gflops']} GFLOP/s, FMA peak "
-        f"{row['fma_gflops']} GFLOP/s.",
+        f"{machine_line(row)}. float32, medians, warm caches, all peers in turns in one process. sgemm "
+        f"{row['sgemm_gflops']} GFLOP/s, FMA peak {row['fma_gflops']} GFLOP/s.",
     ]
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], file: Path) -> None:
-    """time / L of every float32 peer, cell by cell."""
-    cells = milliseconds(rows, "packed", "hot")
-    peers = list(dict.fromkeys(peer for by_peer in cells.values() for peer in by_peer))
-    figure, axes = plt.subplots(figsize=(10, 4.5))
-    width = 0.8 / len(peers)
-    for index, peer in enumerate(peers):
-        here = [place + index * width for place, by_peer in enumerate(cells.values()) if peer in by_peer]
-        heights = [over_l(rows, cell, peer, "hot") for cell, by_peer in cells.items() if peer in by_peer]
-        bars = axes.bar(here, heights, width, label=peer)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+def dense_table(rows: list[Row]) -> str:
+    """Markdown: the same kernels on the unpruned model."""
+    lines = ["| unpruned BERT-base | packedbert | best peer | than it |", "|---|---|---|---|"]
+    for cell, peers in milliseconds(rows, "dense", "hot").items():
+        rivals = {peer: ms for peer, ms in peers.items() if peer != OURS}
+        if len(rivals) > 1:
+            name, best = min(rivals.items(), key=lambda item: item[1])
+            ours = peers[OURS]
+            lines.append(f"| {cell[0]}, {cell[1]} | {ours:.1f} ms | {name}, {best:.1f} ms | {best / ours:.2f}x |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def usage_table(rows: list[Row]) -> str:
+    """Markdown: what using it costs besides time."""
+    lines = ["| besides speed | measured | limit |", "|---|---|---|"]
+    lines += [f"| {row['what']} | {row['value']} {row['unit']} | {row['limit']} {row['unit']} |" for row in rows]
+    return "\n".join(lines)
+
+
+def bars(axes: Any, values: dict[str, dict[Cell, float]], label: str) -> None:
+    """Grouped bars: a group for each cell, a bar for each peer."""
+    cells = list(dict.fromkeys(cell for by_cell in values.values() for cell in by_cell))
+    width = 0.8 / len(values)
+    for index, (peer, by_cell) in enumerate(values.items()):
+        places = [place + index * width for place, cell in enumerate(cells) if cell in by_cell]
+        drawn = axes.bar(places, [by_cell[cell] for cell in cells if cell in by_cell], width, label=peer)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=6)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(cells))], [f"{b}, {s}" for b, s in cells])
     axes.set_xlabel("batch, length")
-    axes.set_ylabel("time / L (1: PyTorch's sgemm rate)")
-    axes.set_title(
-        f"The seed's structure in float32, {rows[0]['cpu']}, {rows[0]['threads']} threads, {rows[0]['date']}"
+    axes.set_ylabel(label)
+    axes.legend(fontsize=7)
+
+
+def plot_model(rows: list[Row], file: Path) -> None:
+    """time / L of every float32 peer, and how many times faster than dense eager PyTorch each is."""
+    cells, dense = milliseconds(rows, "packed", "hot"), milliseconds(rows, "dense", "hot")
+    peers = list(dict.fromkeys(peer for by_peer in cells.values() for peer in by_peer))
+    figure, (above, below) = plt.subplots(2, figsize=(10, 8))
+    bars(
+        above,
+        {peer: {cell: over_l(rows, cell, peer, "hot") for cell in cells if peer in cells[cell]} for peer in peers},
+        "time / L (1: PyTorch's sgemm rate)",
     )
-    axes.legend(fontsize=8)
+    above.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    above.set_title(
+        f"The seed's structure in float32: {rows[0]['cpu']}, {rows[0]['isa']}, {rows[0]['threads']} threads"
+    )
+    if dense:
+        speed = {
+            peer: {cell: dense[cell][EAGER] / ms[peer] for cell, ms in cells.items() if peer in ms and cell in dense}
+            for peer in peers
+        }
+        bars(below, speed, "times faster than dense BERT-base, eager")
+    save(figure, file)
+
+
+def plot_scaling(rows: list[Row], file: Path) -> None:
+    """Time against batch, length, real tokens and density."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8))
+
+    def points(series: str, peer: str) -> list[Row]:
+        return [row for row in rows if (row["series"], row["peer"]) == (series, peer)]
+
+    batch, length, density = points("batch", OURS), points("length", OURS), points("density", OURS)
+    tokens = [int(row["tokens"]) for row in batch]
+    per_token = [1e3 * float(row["median_ms"]) / n for row, n in zip(batch, tokens, strict=True)]
+    axes[0, 0].semilogx([int(row["batch"]) for row in batch], per_token, "o-", base=2)
+    axes[0, 0].set(xlabel=f"batch, length {batch[0]['length']}", ylabel="us per token", ylim=(0, None))
+    lengths, ms = [int(row["length"]) for row in length], [float(row["median_ms"]) for row in length]
+    rate = ms[-1] / float(length[-1]["gflop"])
+    axes[0, 1].plot(lengths, ms, "o-", label=OURS)
+    expected = [rate * float(row["gflop"]) for row in length]
+    axes[0, 1].plot(lengths, expected, "--", label="as the operations grow")
+    axes[0, 1].set(xlabel="length, batch 1", ylabel="ms")
+    axes[0, 1].legend()
+    for peer in (OURS, EAGER):
+        fill = points("fill", peer)
+        x, y = [int(row["tokens"]) for row in fill], [float(row["median_ms"]) for row in fill]
+        axes[1, 0].plot(x, y, "o-", label=peer)
+    axes[1, 0].set(xlabel="real tokens in a padded batch", ylabel="ms", ylim=(0, None))
+    axes[1, 0].legend()
+    for peer in (OURS, EAGER) if density else ():
+        shown = points("density", peer)
+        x = [int(row["structure"].partition("%")[0]) for row in shown]
+        axes[1, 1].plot(x, [float(row["median_ms"]) for row in shown], "o-", label=peer)
+    axes[1, 1].set(xlabel="% of heads and FFN rows left", ylabel="ms", ylim=(0, None))
+    axes[1, 1].legend()
+    save(figure, file)
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a PNG."""
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
 @click.command()
-@click.option("--csv", "file", type=click.Path(path_type=Path, exists=True), default=RESULTS / "model.csv")
-@click.option("--readme", type=click.Path(path_type=Path, exists=True), default=ROOT / "README.md")
-def main(file: Path, readme: Path) -> None:
-    """Write the README's table and the plots from a CSV of bench_model.py."""
-    rows = read(file)
+@click.option("--results", type=click.Path(path_type=Path, exists=True), default=RESULTS, show_default=True)
+@click.option("--readme", type=click.Path(path_type=Path, exists=True), default=ROOT / "README.md", show_default=True)
+def main(results: Path, readme: Path) -> None:
+    """Write the README's tables and the plots from the CSVs that are there."""
+    tables = []
+    if (file := results / "model.csv").exists():
+        rows = read(file)
+        tables += [table(rows), dense_table(rows)]
+        plot_model(rows, file.with_suffix(".png"))
+    if (file := results / "usage.csv").exists():
+        tables.append(usage_table(read(file)))
+    if (file := results / "scaling.csv").exists():
+        plot_scaling(read(file), file.with_suffix(".png"))
     text = readme.read_text()
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
-        raise click.ClickException(f"{readme}: expected the markers {BEGIN} and {END} around the table, found none")
-    readme.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
-    plot(rows, file.with_suffix(".png"))
-    click.echo(f"written: {readme}, {file.with_suffix('.png')}")
+        raise click.ClickException(f"{readme}: expected the markers {BEGIN} and {END} around the tables, found none")
+    body = "\n\n".join(part for part in tables if part)
+    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+    click.echo(f"written: {readme}, and the plots in {results}")
 
 
 if __name__ == "__main__":

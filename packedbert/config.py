@@ -1,6 +1,5 @@
 """One configuration object for every entry point: patch_model, load, and transformers' from_pretrained."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,10 @@ class PackedBertConfig(QuantizationConfigMixin):
             in its place); "cpu" or "reference" force one: where it cannot run, an error is raised.
         keep_original: patch_model keeps the original encoder, so that unpatch_model can bring it back bit for bit;
             False frees it. A loaded model has no original to keep.
+        release_weights: keep the encoder's matrices only as the native CPU kernels read them, instead of a second copy
+            for that: half the memory for the encoder's weights.
+            `state_dict` and `save_pretrained` still have the canonical ones, bit for bit; hidden states, attentions
+            and other backends rebuild them at each call. Nothing happens where the native kernels don't run.
         layers: what is left of each layer, `{"heads": [...], "ffn_width": n}`. Written by packedbert into the
             config.json of a packed checkpoint; nothing to set by hand.
 
@@ -36,6 +39,7 @@ class PackedBertConfig(QuantizationConfigMixin):
         backend: str = "auto",
         *,
         keep_original: bool = True,
+        release_weights: bool = False,
         layers: Sequence[dict[str, Any] | LayerStructure] | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
@@ -44,6 +48,7 @@ class PackedBertConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.backend = backend
         self.keep_original = keep_original
+        self.release_weights = release_weights
         self.layers: tuple[LayerStructure, ...] | None = None if layers is None else tuple(map(_structure, layers))
         dispatch.requested(backend)
 
@@ -60,11 +65,14 @@ class PackedBertConfig(QuantizationConfigMixin):
         Raises:
             TypeError: a field that does not exist.
         """
-        unknown = changes.keys() - {"backend", "keep_original", "layers"}
+        fields = {name: getattr(self, name) for name in ("backend", "keep_original", "release_weights", "layers")}
+        unknown = changes.keys() - fields
         if unknown:
-            raise TypeError(f"PackedBertConfig: expected backend or keep_original, got {', '.join(sorted(unknown))}")
-        fields = {"backend": self.backend, "keep_original": self.keep_original, "layers": self.layers}
-        return PackedBertConfig(**{**copy.copy(fields), **changes})
+            raise TypeError(
+                "PackedBertConfig: expected backend, keep_original or release_weights, "
+                f"got {', '.join(sorted(unknown))}"
+            )
+        return PackedBertConfig(**{**fields, **changes})
 
 
 def _structure(layer: dict[str, Any] | LayerStructure) -> LayerStructure:

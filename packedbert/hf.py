@@ -62,6 +62,8 @@ class PackedBertQuantizer(HfQuantizer):
             for parameter in bert.parameters():
                 parameter.requires_grad_(False)
             leave_report(model, bert.encoder, None, sum(parameter.numel() for parameter in model.parameters()))
+            if self.quantization_config.release_weights:
+                bert.encoder.release_weights()
             return model
         return patch_model(model, self.quantization_config, keep_original=False)
 
@@ -134,6 +136,8 @@ def load(
     if encoder.backend != config.backend:
         encoder.backend = config.backend
         leave_report(model, encoder, None, model.packedbert_report.parameters_before)
+    if config.release_weights:
+        encoder.release_weights()
     return model
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
-from . import ops, reference
+from . import dispatch, ops, reference
 from .config import PackedBertConfig
 from .reference import LayerWeights
 from .structure import EncoderStructure
@@ -44,6 +44,31 @@ class NoNorm(WeightAndBias):
         return reference.normalize(x, "no_norm", self.weight, self.bias, 0.0)
 
 
+class PrepackedLinear(WeightAndBias):
+    """A linear layer's parameters with the weight as the native CPU kernels read it, and no canonical copy.
+
+    `weight` has the layout of `ops.prepack_linear`; `state_dict` and `load_state_dict` have the canonical one.
+    """
+
+    def __init__(self, linear: WeightAndBias) -> None:
+        super().__init__(ops.prepack_linear(linear.weight.detach()), linear.bias.detach())
+
+    def canonical_weight(self) -> Tensor:
+        """[out_features, in_features], rebuilt bit for bit."""
+        return self.weight.detach().transpose(1, 2).flatten(0, 1)[: self.bias.shape[0]].contiguous()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.canonical_weight()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        canonical = state_dict.get(f"{prefix}weight")
+        if canonical is not None:
+            packed = ops.prepack_linear(canonical.to(device=self.weight.device, dtype=self.weight.dtype))
+            state_dict[f"{prefix}weight"] = packed  # load_state_dict has made a copy of the caller's
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class PackedLayer(nn.Module):
     """The parameters of one packed layer."""
 
@@ -52,13 +77,27 @@ class PackedLayer(nn.Module):
         for name, weight, bias in zip(_PARTS, weights[::2], weights[1::2], strict=True):
             self.add_module(name, WeightAndBias(weight, bias))
 
-    def weights(self) -> list[Tensor]:
-        """The fields of `LayerWeights`, in their order (read without nn.Module's slower attribute look-up)."""
+    def stored_weights(self) -> list[Tensor]:
+        """The parameters as they are stored, in the order of `LayerWeights` (nn.Module's own look-up is slower)."""
         return [tensor for part in self._modules.values() for tensor in part._parameters.values()]  # type: ignore[union-attr,misc]
+
+    def weights(self) -> list[Tensor]:
+        """The fields of `LayerWeights`, in their order."""
+        tensors: list[Tensor] = []
+        for part in self.children():
+            assert isinstance(part, WeightAndBias)
+            tensors += (part.canonical_weight() if isinstance(part, PrepackedLinear) else part.weight, part.bias)
+        return tensors
+
+    def release_weights(self) -> None:
+        """Make every linear layer a PrepackedLinear."""
+        for name in _MATRICES:
+            setattr(self, name, PrepackedLinear(getattr(self, name)))
 
 
 #: The child modules of a PackedLayer: `qkv`, `attention_output`, ... in the order of `LayerWeights`.
 _PARTS = [name.removesuffix("_weight") for name in LayerWeights._fields[::2]]
+_MATRICES = [name for name in _PARTS if not name.endswith("norm")]
 
 
 class PackedEncoder(nn.Module):
@@ -79,11 +118,22 @@ class PackedEncoder(nn.Module):
         self.layer = nn.ModuleList(PackedLayer(w) for w in layers or _empty_layers(structure))
         self._num_heads = [len(layer.heads) for layer in structure.layers]
         self._cache = ops.PrepackCache()
+        self._released = False
         self.eval()
 
     def weights(self) -> list[Tensor]:
-        """The weights of all layers, as the `encoder` op takes them."""
+        """The canonical weights of all layers, as the `encoder` op takes them."""
         return [tensor for layer in self.layer for tensor in layer.weights()]  # type: ignore[operator]
+
+    def release_weights(self) -> None:
+        """Keep the matrices in the native kernels' layout only; where those don't run, do nothing."""
+        parameter = next(self.parameters(), None)
+        if parameter is None or dispatch.resolve(self.backend, parameter.device, parameter.dtype) != "cpu":
+            return
+        for layer in self.layer:
+            layer.release_weights()  # type: ignore[operator]
+        self.clear_cache()
+        self._released = True
 
     def clear_cache(self) -> None:
         """Repack at the next forward: needed only after writing to a weight through `.data`."""
@@ -106,35 +156,29 @@ class PackedEncoder(nn.Module):
 
         Returns: `last_hidden_state` [batch, length, hidden_size], 0 where a 2-D mask is 0.
         """
-        s, weights = self.structure, self.weights()
+        s = self.structure
+        stored = [tensor for layer in self.layer for tensor in layer.stored_weights()]  # type: ignore[operator]
         gradient = torch.is_grad_enabled() and (
-            hidden_states.requires_grad or any(weight.requires_grad for weight in weights)
+            hidden_states.requires_grad or any(weight.requires_grad for weight in stored)
         )
         per_query_mask = attention_mask is not None and attention_mask.dim() > 2
+        settings = (self._num_heads, s.activation, s.norm, s.eps)
         if gradient or per_query_mask or all_hidden_states is not None or attentions is not None:
             output = reference.encoder(
                 hidden_states,
                 attention_mask,
-                weights,
-                self._num_heads,
-                s.activation,
-                s.norm,
-                s.eps,
+                self.weights() if self._released else stored,
+                *settings,
                 all_hidden_states=all_hidden_states,
                 attentions=attentions,
             )
+        elif not self._released:
+            output = ops.encoder(hidden_states, attention_mask, stored, *settings, self.backend, self._cache.key)
+        elif hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32:
+            mask = None if attention_mask is None else attention_mask != 0
+            output = ops.encoder_prepacked(hidden_states, mask, stored, *settings)
         else:
-            output = ops.encoder(
-                hidden_states,
-                attention_mask,
-                weights,
-                self._num_heads,
-                s.activation,
-                s.norm,
-                s.eps,
-                self.backend,
-                self._cache.key,
-            )
+            output = ops.encoder(hidden_states, attention_mask, self.weights(), *settings, self.backend)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
 
 

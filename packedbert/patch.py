@@ -94,6 +94,9 @@ def patch_model(model: nn.Module, config: PackedBertConfig | None = None, **over
     model._packedbert_undo = undo  # type: ignore[assignment]
     (encoder, stored), *_ = packed.values()
     leave_report(model, encoder, stored, parameters_before)
+    if config.release_weights:
+        for encoder, _ in packed.values():
+            encoder.release_weights()
     return model
 
 

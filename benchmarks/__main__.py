@@ -1,0 +1,42 @@
+"""All benchmarks, and the README's tables and plots from them: `python benchmarks [--quick|--tiny]`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+HERE = Path(__file__).parent
+
+#: Script and the options that it takes of --quick and --tiny.
+SCRIPTS = {
+    "bench_model.py": ("--quick", "--tiny"),
+    "bench_ops.py": ("--tiny",),
+    "bench_scaling.py": ("--tiny",),
+    "bench_usage.py": ("--tiny",),
+}
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Two minutes: bench_model.py alone, in fewer cells, float32 only.")
+@click.option("--tiny", is_flag=True, help="Toy sizes: checks that everything still runs.")
+@click.option("--results", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
+@click.option("--readme", type=click.Path(path_type=Path), default=HERE.parent / "README.md", show_default=True)
+def main(quick: bool, tiny: bool, results: Path, readme: Path) -> None:
+    """Run every benchmark in a process of its own, one after the other, on a machine that does nothing else."""
+    start = time.perf_counter()
+    asked = [flag for flag, given in (("--quick", quick), ("--tiny", tiny)) if given]
+    for script in ("bench_model.py",) if quick else SCRIPTS:
+        options = [flag for flag in asked if flag in SCRIPTS[script]]
+        out = results / f"{script.removeprefix('bench_').removesuffix('.py')}.csv"
+        click.echo(f"\n{script} {' '.join(options)}")
+        subprocess.run([sys.executable, HERE / script, *options, "--out", out], check=True)
+    subprocess.run([sys.executable, HERE / "report.py", "--results", results, "--readme", readme], check=True)
+    click.echo(f"{(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
