@@ -32,7 +32,7 @@ from packedbert import bench
 DENSE_EVERYWHERE = ("packedbert", "PyTorch eager")
 
 #: Seconds that a peer is timed for in a cell, and the fewest and most turns.
-BUDGET, LEAST, MOST = 2.5, 3, 30
+BUDGET, LEAST, MOST = 2.0, 3, 30
 
 #: Largest difference from PyTorch eager that a peer's logits may have, as a multiple of their spread.
 TOLERANCE = {"fp32": 1e-4, "int8": 0.5}
