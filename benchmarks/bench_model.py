@@ -140,7 +140,7 @@ def every_row(structure: bench.Structure, cells: Sequence[Cell], quick: bool, de
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Fewer cells, fp32 peers only: about two minutes.")
+@click.option("--quick", is_flag=True, help="Fewer cells, fp32 peers only: a few minutes.")
 @click.option("--tiny", is_flag=True, help="A toy structure: seconds; checks that the benchmark still runs.")
 @click.option("--dense/--no-dense", default=True, show_default=True, help="Also the unpruned BERT-base.")
 @click.option("--threads", default=torch.get_num_threads(), show_default=True, help="Threads of every peer.")

@@ -126,9 +126,9 @@ class PackedEncoder(nn.Module):
         return [tensor for layer in self.layer for tensor in layer.weights()]  # type: ignore[operator]
 
     def release_weights(self) -> None:
-        """Keep the matrices in the native kernels' layout only; where those don't run, do nothing."""
+        """Keep the matrices in the native kernels' layout only; where those don't run, or a second time, do nothing."""
         parameter = next(self.parameters(), None)
-        if parameter is None or dispatch.resolve(self.backend, parameter.device, parameter.dtype) != "cpu":
+        if self._released or parameter is None or dispatch.resolve(self.backend, parameter.device, parameter.dtype) != "cpu":
             return
         for layer in self.layer:
             layer.release_weights()  # type: ignore[operator]

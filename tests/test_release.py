@@ -89,6 +89,13 @@ def test_saved_and_loaded(released, kept, tmp_path):
     assert any(isinstance(module, PrepackedLinear) for module in again.modules())
 
 
+def test_a_checkpoint_that_is_not_packed_yet(kept, tmp_path):
+    pruned().save_pretrained(tmp_path)
+    model = packedbert.load(tmp_path, config=packedbert.PackedBertConfig(release_weights=True))
+    assert torch.equal(logits(model), logits(kept))
+    assert any(isinstance(module, PrepackedLinear) for module in model.modules())
+
+
 def test_paths_that_want_canonical_weights(kept, released):
     options = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():

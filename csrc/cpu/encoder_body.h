@@ -56,7 +56,7 @@ struct QkvFinish {
   const float* bias;
   int64_t first;  // token
 
-  // Its places were written a layer ago, and are small enough to be near.
+  // Fetching its places ahead gained nothing.
   PACKEDBERT_INLINE void prepare(int64_t, int64_t, int64_t) const {}
 
   PACKEDBERT_INLINE void operator()(const float* sums, int64_t row, int64_t rows, int64_t column) const {
