@@ -128,7 +128,11 @@ class PackedEncoder(nn.Module):
     def release_weights(self) -> None:
         """Keep the matrices in the native kernels' layout only; where those don't run, or a second time, do nothing."""
         parameter = next(self.parameters(), None)
-        if self._released or parameter is None or dispatch.resolve(self.backend, parameter.device, parameter.dtype) != "cpu":
+        if (
+            self._released
+            or parameter is None
+            or dispatch.resolve(self.backend, parameter.device, parameter.dtype) != "cpu"
+        ):
             return
         for layer in self.layer:
             layer.release_weights()  # type: ignore[operator]
