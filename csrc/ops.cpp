@@ -56,8 +56,15 @@ LinearCall check_linear(const Tensor& input,
   for (size_t i = 0; i + 1 < input_shape.size(); ++i) rows *= input_shape[i];
 
   const Shape canonical{out_features, in_features};
-  const Shape packed =
-      input.is_cuda() ? canonical : Shape{panel_count(out_features), in_features, kPanelWidth};
+  const auto check_weight = [&]() -> Tensor {
+    if (weight.scalar_type() == ScalarType::Char && input.is_cpu()) {
+      check_quantized(op, "weight", weight, out_features, in_features);
+      return weight;
+    }
+    const Shape packed =
+        input.is_cuda() ? canonical : Shape{panel_count(out_features), in_features, kPanelWidth};
+    return check("weight", weight, packed, " (prepack_linear of a " + to_string(canonical) + " weight)");
+  };
 
   const auto check_norm = [&](const char* argument,
                               const std::optional<Tensor>& tensor) -> std::optional<Tensor> {
@@ -78,7 +85,7 @@ LinearCall check_linear(const Tensor& input,
       .in_features = in_features,
       .out_features = out_features,
       .input = check("input", input, input_shape),
-      .weight = check("weight", weight, packed, " (prepack_linear of a " + to_string(canonical) + " weight)"),
+      .weight = check_weight(),
       .bias = check("bias", bias, {out_features}),
       .residual = check_residual(),
       .norm_weight = check_norm("norm_weight", norm_weight),
@@ -123,18 +130,20 @@ Tensor packed_linear_cpu(const Tensor& input,
   check_float32(kPackedLinear, "input", input);
   const LinearCall call =
       check_linear(input, weight, bias, activation_name, residual, norm_name, norm_weight, norm_bias);
+  const cpu::Matrix matrix = cpu::matrix_of(call.weight, call.out_features, call.in_features);
+  Tensor quantized_rows = torch::stable::new_empty(
+      input, Shape{matrix.quantized ? cpu::quantized_rows_size(call.rows, call.in_features) : 0});
   cpu::packed_linear(
       {
           .rows = call.rows,
-          .in_features = call.in_features,
-          .out_features = call.out_features,
+          .weight = matrix,
           .input = call.input.const_data_ptr<float>(),
-          .weight = call.weight.const_data_ptr<float>(),
           .bias = call.bias.const_data_ptr<float>(),
           .residual = static_cast<const float*>(data_or_null(call.residual)),
           .norm_weight = static_cast<const float*>(data_or_null(call.norm_weight)),
           .norm_bias = static_cast<const float*>(data_or_null(call.norm_bias)),
           .output = call.output.mutable_data_ptr<float>(),
+          .quantized_rows = quantized_rows.mutable_data_ptr<float>(),
           .activation = call.activation,
           .norm = call.norm,
           .eps = static_cast<float>(eps),

@@ -10,8 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "cpu/matrix.h"
 #include "cpu/parallel.h"
 #include "epilogue.h"
+#include "packed_layout.h"
 
 namespace packedbert {
 
@@ -35,6 +37,8 @@ inline std::string to_string(ScalarType type) {
       return "bfloat16";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::Char:
+      return "int8";
     default:
       return torch::headeronly::toString(type);
   }
@@ -117,7 +121,33 @@ inline void check_float32(const char* op, const char* argument, const Tensor& te
     fail(op, argument, "float32", to_string(tensor.scalar_type()));
 }
 
+// An int8 weight has to be what packed_layout.h says. Its shape tells no more than the number of bytes. One
+// that fits costs no allocation.
+inline void check_quantized(
+    const char* op, const char* argument, const Tensor& weight, int64_t out_features, int64_t in_features) {
+  const int64_t size = quantized_size(out_features, in_features);
+  if (!weight.is_cpu()) fail(op, argument, "a tensor on cpu", device_of(weight));
+  if (weight.dim() != 1 || weight.size(0) != size) {
+    fail(op, argument,
+         to_string({size}) + " (pack_quantized of a " + to_string({out_features, in_features}) +
+             " int8 weight)",
+         to_string(shape_of(weight)));
+  }
+  if (!weight.is_contiguous()) fail(op, argument, "a contiguous tensor", "strides");
+  if (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % alignof(float) != 0)
+    fail(op, argument, "memory aligned for float", "a view that begins in between: clone() it");
+  if (in_features > kMaxQuantizedInputs) {
+    fail(op, argument, "at most " + std::to_string(kMaxQuantizedInputs) + " int8 inputs",
+         std::to_string(in_features));
+  }
+}
+
 namespace cpu {
+
+// A checked weight, of either kind.
+inline Matrix matrix_of(const Tensor& weight, int64_t out_features, int64_t in_features) {
+  return {out_features, in_features, weight.const_data_ptr(), weight.scalar_type() == ScalarType::Char};
+}
 
 // The ParallelFor of the CPU ops: torch's own pool.
 inline void torch_parallel_for(int64_t count, int64_t grain, RangeTask task, const void* context) {

@@ -100,8 +100,16 @@ struct WeightReader {
   }
 
   const float* vector(int64_t size) { return next({size}); }
-  const float* matrix(int64_t out_features, int64_t in_features) {
-    return next({panel_count(out_features), in_features, kPanelWidth});
+  cpu::Matrix matrix(int64_t out_features, int64_t in_features) {
+    const Tensor& tensor = weights[at];
+    if (tensor.scalar_type() == ScalarType::Char) {
+      const std::string name = "weights[" + std::to_string(at) + "]";
+      check_quantized(kEncoder, name.c_str(), tensor, out_features, in_features);
+      ++at;
+    } else {
+      next({panel_count(out_features), in_features, kPanelWidth});
+    }
+    return cpu::matrix_of(tensor, out_features, in_features);
   }
   // The length of the vector that comes `ahead` tensors after the next.
   int64_t peek(size_t ahead) const {
@@ -133,7 +141,6 @@ std::vector<cpu::EncoderLayer> take_layers(const std::vector<Tensor>& weights,
     const int64_t width = read.peek(7);
     layers.push_back({
         .heads = heads,
-        .ffn_width = width,
         .qkv_weight = read.matrix(qkv, hidden),
         .qkv_bias = read.vector(qkv),
         .attention_output_weight = read.matrix(hidden, heads.width()),

@@ -10,6 +10,7 @@
 __version__ = "0.1.0"
 
 from . import ops
+from .calibration import calibrate
 from .checkpoint import CheckpointError
 from .config import PackedBertConfig
 from .dispatch import BackendStatus, PackedBertWarning, backends
@@ -27,6 +28,7 @@ __all__ = [
     "PatchReport",
     "QuestionAnswerer",
     "backends",
+    "calibrate",
     "load",
     "ops",
     "patch_model",

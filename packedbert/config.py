@@ -6,10 +6,15 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import dispatch
+from .quantization import Calibration
+from .reference import MATRICES
 from .structure import LayerStructure
 
 #: How config.json names a checkpoint that packedbert wrote.
 QUANT_METHOD = "packedbert"
+
+#: What the encoder's matrices may be stored in. Only int8 is also computed in.
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 
 class PackedBertConfig(QuantizationConfigMixin):
@@ -21,23 +26,36 @@ class PackedBertConfig(QuantizationConfigMixin):
     Args:
         backend: "auto" takes the fastest that works (the environment variable PACKEDBERT_BACKEND, if set, decides
             in its place); "cpu" or "reference" force one: where it cannot run, an error is raised.
+        precision: what the encoder's matrices are stored in. "fp32": as the model has them. "bf16", "fp16": rounded to
+            half the size, computed in float32. "int8": a quarter of the size, and products in int8 with inputs
+            quantized token by token (see packedbert/quantization.py); everything else stays in float32.
+        skip: matrices that "int8" leaves in float32: layers by number (3), matrices by name ("3.down"; the others are
+            qkv, attention_output, up), or "auto" for those whose outputs are off by more than
+            `quantization.MAX_ERROR` on the calibration's data.
+        calibration: from `packedbert.calibrate`: smooths outliers ("int8" works without, less exactly).
         keep_original: patch_model keeps the original encoder, so that unpatch_model can bring it back bit for bit;
             False frees it. A loaded model has no original to keep.
         release_weights: keep the encoder's matrices only as the native CPU kernels read them, instead of a second copy
-            for that: half the memory for the encoder's weights.
+            for that: half the memory for the encoder's weights. int8 matrices are always kept so.
             `state_dict` and `save_pretrained` still have the canonical ones, bit for bit; hidden states, attentions
             and other backends rebuild them at each call. Nothing happens where the native kernels don't run.
         layers: what is left of each layer, `{"heads": [...], "ffn_width": n}`. Written by packedbert into the
             config.json of a packed checkpoint; nothing to set by hand.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend or precision; a skip that is neither, or "auto" without a calibration.
     """
+
+    #: What `replace` may change, and with it patch_model's overrides.
+    _CHOICES = ("backend", "precision", "skip", "calibration", "keep_original", "release_weights")
 
     def __init__(
         self,
         backend: str = "auto",
         *,
+        precision: str = "fp32",
+        skip: str | Sequence[int | str] = (),
+        calibration: Calibration | None = None,
         keep_original: bool = True,
         release_weights: bool = False,
         layers: Sequence[dict[str, Any] | LayerStructure] | None = None,
@@ -47,17 +65,33 @@ class PackedBertConfig(QuantizationConfigMixin):
             raise ValueError(f"quant_method: expected {QUANT_METHOD!r}, got {quant_method!r}")
         self.quant_method = QUANT_METHOD
         self.backend = backend
+        self.precision = precision
+        self.skip = skip if skip == "auto" else tuple(map(_skipped, [skip] if isinstance(skip, (int, str)) else skip))
+        self.calibration = calibration
         self.keep_original = keep_original
         self.release_weights = release_weights
         self.layers: tuple[LayerStructure, ...] | None = None if layers is None else tuple(map(_structure, layers))
         dispatch.requested(backend)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if precision != "int8" and (self.skip or calibration is not None):
+            raise ValueError(f"skip and calibration: expected with precision='int8' only, got precision={precision!r}")
+        if skip == "auto" and calibration is None:
+            raise ValueError(
+                "skip='auto': expected a calibration to measure errors on (packedbert.calibrate), got None"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json keeps: the structure, not the choices of the process that wrote it."""
+        """What config.json keeps: what the weights are, not the choices of the process that wrote it."""
         layers = None
         if self.layers is not None:
             layers = [{"heads": list(layer.heads), "ffn_width": layer.ffn_width} for layer in self.layers]
-        return {"quant_method": self.quant_method, "layers": layers}
+        stored = {"quant_method": self.quant_method, "layers": layers}
+        if self.precision != "fp32":
+            stored["precision"] = self.precision
+        if self.precision == "int8":
+            stored["skip"] = list(self.skip)
+        return stored
 
     def replace(self, **changes: Any) -> "PackedBertConfig":
         """A copy with some fields changed.
@@ -65,14 +99,25 @@ class PackedBertConfig(QuantizationConfigMixin):
         Raises:
             TypeError: a field that does not exist.
         """
-        fields = {name: getattr(self, name) for name in ("backend", "keep_original", "release_weights", "layers")}
-        unknown = changes.keys() - fields
+        unknown = changes.keys() - set(self._CHOICES)
         if unknown:
             raise TypeError(
-                "PackedBertConfig: expected backend, keep_original or release_weights, "
+                f"PackedBertConfig: expected {', '.join(self._CHOICES[:-1])} or {self._CHOICES[-1]}, "
                 f"got {', '.join(sorted(unknown))}"
             )
+        fields = {name: getattr(self, name) for name in (*self._CHOICES, "layers")}
         return PackedBertConfig(**{**fields, **changes})
+
+
+def _skipped(entry: int | str) -> str:
+    """A layer's number, or layer and matrix, as text: "3" or "3.down"."""
+    layer, _, matrix = str(entry).partition(".")
+    if not layer.isdecimal() or matrix not in ("", *MATRICES):
+        raise ValueError(
+            f"skip: expected 'auto', or layers by number (3) and matrices by name ('3.down'; of "
+            f"{', '.join(MATRICES)}), got {entry!r}"
+        )
+    return str(entry)
 
 
 def _structure(layer: dict[str, Any] | LayerStructure) -> LayerStructure:

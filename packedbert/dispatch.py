@@ -57,7 +57,7 @@ NATIVE, NATIVE_ERROR = _load_native()
 
 
 def cpu_isa() -> str:
-    """The instruction set that the native CPU kernels use: "avx512", "avx2", "scalar", or "none" without them."""
+    """The instruction set that the native CPU kernels use, e.g. "avx512_vnni" (`_C.available_isas()`); "none" without them."""
     return NATIVE.isa() if NATIVE is not None else "none"
 
 
@@ -71,7 +71,9 @@ def backends() -> list[BackendStatus]:
             "cpu",
             native,
             native,
-            f"C++ kernels in float32, using {cpu_isa()}" if native else f"native library missing: {NATIVE_ERROR}",
+            f"C++ kernels in float32 and int8, using {cpu_isa()}"
+            if native
+            else f"native library missing: {NATIVE_ERROR}",
         ),
         BackendStatus(
             "cuda",
@@ -104,7 +106,7 @@ def _why_not_cpu(device: torch.device, dtype: torch.dtype) -> str:
         return f"the native library is missing ({NATIVE_ERROR})"
     if device.type != "cpu":
         return f"the model is on {device}, the cpu kernels need it on the CPU"
-    if dtype != torch.float32:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the model is in {dtype}, the cpu kernels compute in torch.float32 (load or convert it so)"
     return ""
 

@@ -61,6 +61,8 @@ class PackedBertQuantizer(HfQuantizer):
         if isinstance(bert, PackedBertModel):
             for parameter in bert.parameters():
                 parameter.requires_grad_(False)
+            if self.quantization_config.precision == "int8":
+                bert.encoder.prepack()
             leave_report(model, bert.encoder, None, sum(parameter.numel() for parameter in model.parameters()))
             if self.quantization_config.release_weights:
                 bert.encoder.release_weights()
@@ -133,6 +135,12 @@ def load(
     model = getattr(transformers, f"AutoModel{TASKS[task]}").from_pretrained(model_id, **kwargs)
     _forget_quantizer(model)
     encoder = _only_bert(model).encoder
+    packed_as = model.config.quantization_config
+    if config.precision not in ("fp32", packed_as.precision):
+        raise ValueError(
+            f"precision: expected a checkpoint that is not packed to make {config.precision} of, or one that is packed "
+            f"so, got one packed in {packed_as.precision}; load it, unpacked, from the original checkpoint"
+        )
     if encoder.backend != config.backend:
         encoder.backend = config.backend
         leave_report(model, encoder, None, model.packedbert_report.parameters_before)

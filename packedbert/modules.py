@@ -7,6 +7,7 @@
 Parameter names and shapes are those of a packed checkpoint (see `reference.LayerWeights` for the shapes).
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from . import dispatch, ops, reference
 from .config import PackedBertConfig
-from .reference import LayerWeights
+from .quantization import QuantizationPlan, QuantizedWeight, pack_quantized, plan_quantization, unpack_quantized
+from .reference import MATRICES, LayerWeights
 from .structure import EncoderStructure
 
 
@@ -51,15 +53,24 @@ class PrepackedLinear(WeightAndBias):
     """
 
     def __init__(self, linear: WeightAndBias) -> None:
-        super().__init__(ops.prepack_linear(linear.weight.detach()), linear.bias.detach())
+        super().__init__(ops.prepack_linear(linear.weight.detach().float()), linear.bias.detach())
+        self.dtype = linear.weight.dtype  # of the canonical weight
+        self.in_features = linear.weight.shape[1]
 
-    def canonical_weight(self) -> Tensor:
-        """[out_features, in_features], rebuilt bit for bit."""
-        return self.weight.detach().transpose(1, 2).flatten(0, 1)[: self.bias.shape[0]].contiguous()
+    def reference_weight(self) -> Tensor:
+        """[out_features, in_features], rebuilt bit for bit, as `reference.packed_linear` takes it."""
+        weight = self.weight.detach()
+        if weight.dim() == 3:
+            weight = weight.transpose(1, 2).flatten(0, 1)[: self.bias.shape[0]].contiguous()
+        return weight.to(self.dtype) if self.dtype != torch.float32 else weight
+
+    def float_weight(self) -> Tensor:
+        """[out_features, in_features] in a floating dtype."""
+        return self.reference_weight()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.canonical_weight()
+        destination[f"{prefix}weight"] = self.reference_weight()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         canonical = state_dict.get(f"{prefix}weight")
@@ -67,6 +78,60 @@ class PrepackedLinear(WeightAndBias):
             packed = ops.prepack_linear(canonical.to(device=self.weight.device, dtype=self.weight.dtype))
             state_dict[f"{prefix}weight"] = packed  # load_state_dict has made a copy of the caller's
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class StoredQuantizedLinear(nn.Module):
+    """A linear layer's parameters with an int8 weight, as a checkpoint stores them; a `QuantizedLinear` runs them."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor) -> None:
+        super().__init__()
+        for name, tensor in zip(_QUANTIZED_PARTS, weight, strict=True):
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight."""
+        return QuantizedWeight(*(self.get_parameter(name).detach() for name in _QUANTIZED_PARTS))
+
+
+class QuantizedLinear(WeightAndBias):
+    """A linear layer's parameters with an int8 weight in one piece, as `ops.packed_linear` takes it.
+
+    `state_dict` and `load_state_dict` have its parts, those of a StoredQuantizedLinear.
+    """
+
+    def __init__(self, stored: StoredQuantizedLinear) -> None:
+        weight = stored.quantized_weight()
+        super().__init__(pack_quantized(weight), stored.bias.detach())
+        self.in_features = weight.values.shape[1]
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight, rebuilt bit for bit."""
+        return unpack_quantized(self.weight.detach(), self.bias.shape[0], self.in_features)
+
+    def reference_weight(self) -> Tensor:
+        """The weight as `reference.packed_linear` takes it."""
+        return self.weight
+
+    def float_weight(self) -> Tensor:
+        """[out_features, in_features], float32: what the int8 weight stands for."""
+        return self.quantized_weight().dequantize()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in zip(_QUANTIZED_PARTS, self.quantized_weight(), strict=True):
+            destination[f"{prefix}{name}"] = tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        parts = [state_dict.pop(f"{prefix}{name}", None) for name in _QUANTIZED_PARTS]
+        present = [part for part in parts if part is not None]
+        if len(present) == len(parts) and parts[0].dtype == torch.int8:
+            state_dict[f"{prefix}weight"] = pack_quantized(QuantizedWeight(*parts)).to(self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+#: Parameter names of the fields of QuantizedWeight.
+_QUANTIZED_PARTS = ("weight", "weight_scale", "input_scale")
 
 
 class PackedLayer(nn.Module):
@@ -81,23 +146,26 @@ class PackedLayer(nn.Module):
         """The parameters as they are stored, in the order of `LayerWeights` (nn.Module's own look-up is slower)."""
         return [tensor for part in self._modules.values() for tensor in part._parameters.values()]  # type: ignore[union-attr,misc]
 
-    def weights(self) -> list[Tensor]:
-        """The fields of `LayerWeights`, in their order."""
+    def weights(self, *, floating: bool = False) -> list[Tensor]:
+        """The fields of `LayerWeights`, in their order, as reference.py takes them; int8 ones as floats if asked."""
         tensors: list[Tensor] = []
         for part in self.children():
             assert isinstance(part, WeightAndBias)
-            tensors += (part.canonical_weight() if isinstance(part, PrepackedLinear) else part.weight, part.bias)
+            weight = part.weight
+            if isinstance(part, PrepackedLinear | QuantizedLinear):
+                weight = part.float_weight() if floating else part.reference_weight()
+            tensors += (weight, part.bias)
         return tensors
 
-    def release_weights(self) -> None:
-        """Make every linear layer a PrepackedLinear."""
-        for name in _MATRICES:
-            setattr(self, name, PrepackedLinear(getattr(self, name)))
+    def prepack(self) -> None:
+        """Make every linear layer a PrepackedLinear or a QuantizedLinear."""
+        for name in MATRICES:
+            part = getattr(self, name)
+            setattr(self, name, PrepackedLinear(part) if isinstance(part, WeightAndBias) else QuantizedLinear(part))
 
 
 #: The child modules of a PackedLayer: `qkv`, `attention_output`, ... in the order of `LayerWeights`.
 _PARTS = [name.removesuffix("_weight") for name in LayerWeights._fields[::2]]
-_MATRICES = [name for name in _PARTS if not name.endswith("norm")]
 
 
 class PackedEncoder(nn.Module):
@@ -118,26 +186,89 @@ class PackedEncoder(nn.Module):
         self.layer = nn.ModuleList(PackedLayer(w) for w in layers or _empty_layers(structure))
         self._num_heads = [len(layer.heads) for layer in structure.layers]
         self._cache = ops.PrepackCache()
-        self._released = False
+        #: The matrices are in the layout of the kernels only.
+        self._prepacked = False
+        #: And the native ones can run them.
+        self._native = False
+        if config.precision in _HALVES:
+            self.store_matrices(_HALVES[config.precision])
+        elif config.precision == "int8" and layers is None:
+            self._expect_quantized(config.skip)
         self.eval()
 
-    def weights(self) -> list[Tensor]:
-        """The canonical weights of all layers, as the `encoder` op takes them."""
-        return [tensor for layer in self.layer for tensor in layer.weights()]  # type: ignore[operator]
+    def matrices(self) -> dict[str, WeightAndBias]:
+        """The linear layers by name, "3.down"."""
+        return {f"{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.layer) for name in MATRICES}
+
+    def precisions(self) -> list[tuple[str, ...]]:
+        """What each layer's matrices are stored in, in the order of `MATRICES`: of config.PRECISIONS, or a dtype's name."""
+
+        def name(part: nn.Module) -> str:
+            if isinstance(part, QuantizedLinear):
+                return "int8"
+            dtype = part.dtype if isinstance(part, PrepackedLinear) else part.weight.dtype
+            return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
+
+        return [tuple(name(getattr(layer, matrix)) for matrix in MATRICES) for layer in self.layer]
+
+    def store_matrices(self, dtype: torch.dtype) -> None:
+        """Round the matrices to another floating dtype."""
+        for part in self.matrices().values():
+            part.weight = nn.Parameter(part.weight.detach().to(dtype), requires_grad=False)
+
+    def quantize(self, plan: QuantizationPlan) -> None:
+        """Put the plan's int8 weights in the place of the matrices, and prepack."""
+        for name, part in self.matrices().items():
+            if name in plan.weights:
+                self._replace(name, StoredQuantizedLinear(plan.weights[name], part.bias.detach()))
+        self.prepack()
+
+    def plan_quantization(self, config: PackedBertConfig, bert_name: str) -> QuantizationPlan:
+        """How `quantize` shall do it.
+
+        Raises:
+            ValueError: what is to be skipped isn't there, or the calibration is of another model.
+        """
+        observed = None
+        if config.calibration is not None:
+            observed = config.calibration.get(bert_name, {})
+        weights = {name: part.weight.detach() for name, part in self.matrices().items()}
+        return plan_quantization(weights, config.skip, observed)
+
+    def _expect_quantized(self, skip: Collection[str]) -> None:
+        """Make room for a checkpoint's int8 matrices."""
+        for name, part in self.matrices().items():
+            if name in skip or name.split(".")[0] in skip:
+                continue
+            out_features, in_features = part.weight.shape
+            values = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
+            scales = (torch.empty(size, device="meta") for size in (out_features, in_features))
+            self._replace(name, StoredQuantizedLinear(QuantizedWeight(values, *scales), part.bias.detach()))
+
+    def _replace(self, matrix: str, part: nn.Module) -> None:
+        layer, _, name = matrix.partition(".")
+        setattr(self.layer[int(layer)], name, part)
+
+    def weights(self, *, floating: bool = False) -> list[Tensor]:
+        """The weights of all layers as reference.py takes them; int8 ones as floats if asked."""
+        return [tensor for layer in self.layer for tensor in layer.weights(floating=floating)]  # type: ignore[operator]
 
     def release_weights(self) -> None:
         """Keep the matrices in the native kernels' layout only; where those don't run, or a second time, do nothing."""
-        parameter = next(self.parameters(), None)
-        if (
-            self._released
-            or parameter is None
-            or dispatch.resolve(self.backend, parameter.device, parameter.dtype) != "cpu"
-        ):
-            return
+        if not self._prepacked and self._runs_natively():
+            self.prepack()
+
+    def prepack(self) -> None:
+        """Keep the matrices as the kernels take them, and nothing else."""
         for layer in self.layer:
-            layer.release_weights()  # type: ignore[operator]
+            layer.prepack()  # type: ignore[operator]
         self.clear_cache()
-        self._released = True
+        self._prepacked = True
+        self._native = self._runs_natively()
+
+    def _runs_natively(self) -> bool:
+        *_, like = (None, *self.parameters())  # a vector: those tell what the encoder computes in
+        return like is not None and dispatch.resolve(self.backend, like.device, like.dtype) == "cpu"
 
     def clear_cache(self) -> None:
         """Repack at the next forward: needed only after writing to a weight through `.data`."""
@@ -168,22 +299,27 @@ class PackedEncoder(nn.Module):
         per_query_mask = attention_mask is not None and attention_mask.dim() > 2
         settings = (self._num_heads, s.activation, s.norm, s.eps)
         if gradient or per_query_mask or all_hidden_states is not None or attentions is not None:
+            # Rounding has no gradient: there int8 weights are taken as the floats that they stand for.
             output = reference.encoder(
                 hidden_states,
                 attention_mask,
-                self.weights() if self._released else stored,
+                self.weights(floating=gradient) if self._prepacked else stored,
                 *settings,
                 all_hidden_states=all_hidden_states,
                 attentions=attentions,
             )
-        elif not self._released:
+        elif not self._prepacked:
             output = ops.encoder(hidden_states, attention_mask, stored, *settings, self.backend, self._cache.key)
-        elif hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32:
+        elif self._native and hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32:
             mask = None if attention_mask is None else attention_mask != 0
             output = ops.encoder_prepacked(hidden_states, mask, stored, *settings)
         else:
             output = ops.encoder(hidden_states, attention_mask, self.weights(), *settings, self.backend)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
+
+
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPE_NAMES = {torch.float32: "fp32", **{dtype: name for name, dtype in _HALVES.items()}}
 
 
 def _empty_layers(structure: EncoderStructure) -> list[LayerWeights]:

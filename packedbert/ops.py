@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .quantization import packed_size
 from .reference import ACTIVATIONS, NORMS, LayerWeights
 
 _SCHEMAS = torch.library.Library("packedbert", "DEF")
@@ -103,10 +104,13 @@ def _packed_linear_check(
     _check(input.dim() >= 1, op, "input", "[..., in_features]", list(input.shape))
     _check(bias.dim() == 1, op, "bias", "[out_features]", list(bias.shape))
     out_features = bias.shape[0]
-    shape = _prepacked_shape(out_features, input.shape[-1], input.device)
-    _check(
-        tuple(weight.shape) == shape, op, "weight", f"{list(shape)}, as prepack_linear returns it", list(weight.shape)
-    )
+    if weight.dtype == torch.int8:
+        shape: tuple[int, ...] = (packed_size(out_features, input.shape[-1]),)
+        maker = "pack_quantized"
+    else:
+        shape = _prepacked_shape(out_features, input.shape[-1], input.device)
+        maker = "prepack_linear"
+    _check(tuple(weight.shape) == shape, op, "weight", f"{list(shape)}, as {maker} returns it", list(weight.shape))
     _check(activation in ACTIVATIONS, op, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     _check(norm in NORMS, op, "norm", f"one of {', '.join(NORMS)}", repr(norm))
     output_shape = [*input.shape[:-1], out_features]
@@ -163,7 +167,8 @@ def packed_linear(
 
     Args:
         input: [..., in_features].
-        weight: W as `prepack_linear` returned it on this device.
+        weight: W as `prepack_linear` returned it on this device; or int8, as `quantization.pack_quantized` returned
+            it: then each row of the input is quantized to 8 bits, and a row with a NaN or an infinity gives NaN.
         bias: [out_features].
         activation: "none", "relu", "gelu" (x * Phi(x); the native kernel gives the limit 0 at -inf, where the
             formula gives NaN) or "gelu_new" (its tanh approximation).
@@ -309,7 +314,7 @@ def _encoder_check(
     _check(len(weights) == expected, op, "weights", f"{expected} tensors for {len(num_heads)} layers", len(weights))
 
 
-def _encode(
+def run_layers(
     hidden_states: Tensor,
     mask: Tensor | None,
     weights: Sequence[Tensor],
@@ -351,7 +356,7 @@ def _encoder_prepacked_default(
     eps: float,
 ) -> Tensor:
     _encoder_check("encoder_prepacked", hidden_states, attention_mask, weights, num_heads)
-    return _encode(hidden_states, attention_mask, weights, num_heads, activation, norm, eps, packed_linear)
+    return run_layers(hidden_states, attention_mask, weights, num_heads, activation, norm, eps, packed_linear)
 
 
 def _encoder_prepacked_fake(
@@ -381,8 +386,8 @@ def encoder_prepacked(
     Args:
         hidden_states: [batch, length, hidden_size], the embeddings; float32 on a CPU with the native library.
         attention_mask: None (all tokens are real) or bool [batch, length], in any pattern.
-        weights: the `reference.LayerWeights` of all layers, one after the other, with the four matrices of each as
-            `prepack_linear` returned them on this device.
+        weights: the `reference.LayerWeights` of all layers, one after the other, with each of the four matrices as
+            `packed_linear` takes it on this device.
         num_heads: heads left in each layer.
         activation: of the FFN, as in `packed_linear`.
         norm: after each residual, as in `packed_linear`.
@@ -419,13 +424,19 @@ def _encoder_default(
     backend = dispatch.resolve(backend, hidden_states.device, hidden_states.dtype)
     mask = None if attention_mask is None else attention_mask != 0
     if backend == "reference":
-        return _encode(hidden_states, mask, weights, num_heads, activation, norm, eps, reference.packed_linear)
+        return run_layers(hidden_states, mask, weights, num_heads, activation, norm, eps, reference.packed_linear)
     prepack_cache = PrepackCache.find(cache)
-    prepacked = [
-        prepack_cache.get(slot, weight, prepack_linear) if matrix else weight.contiguous()
-        for slot, (weight, matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX)))
-    ]
-    return encoder_prepacked(hidden_states, mask, prepacked, num_heads, activation, norm, eps)
+
+    def prepacked(slot: int, weight: Tensor) -> Tensor:
+        if weight.dtype == torch.int8:  # packed already
+            return weight
+        if _IS_MATRIX[slot % len(_IS_MATRIX)]:
+            return prepack_cache.get(slot, weight, lambda matrix: prepack_linear(matrix.float()))
+        return weight.float().contiguous()
+
+    native = [prepacked(slot, weight) for slot, weight in enumerate(weights)]
+    output = encoder_prepacked(hidden_states.float(), mask, native, num_heads, activation, norm, eps)
+    return output.to(hidden_states.dtype)
 
 
 def _encoder_fake(
@@ -463,7 +474,8 @@ def encoder(
         hidden_states: [batch, length, hidden_size], the embeddings.
         attention_mask: None (all tokens are real) or [batch, length], non-zero for real tokens, in any pattern
             (holes, left padding, rows without any).
-        weights: the canonical `reference.LayerWeights` of all layers, one after the other.
+        weights: the canonical `reference.LayerWeights` of all layers, one after the other; a matrix may be in half
+            precision, or int8 as `quantization.pack_quantized` returned it.
         num_heads: heads left in each layer.
         activation: of the FFN, as in `packed_linear`.
         norm: after each residual, as in `packed_linear`.

@@ -16,8 +16,9 @@ from transformers import BertModel
 from . import dispatch
 from .checkpoint import pruned_heads
 from .config import PackedBertConfig
-from .modules import NoNorm, PackedBertModel, PackedEncoder
+from .modules import NoNorm, PackedBertModel, PackedEncoder, PrepackedLinear, QuantizedLinear
 from .packing import pack_layer
+from .quantization import QuantizationPlan
 from .reference import LayerWeights
 from .report import PatchReport, make_report
 from .structure import DenseLayer, EncoderStructure, LayerStructure, plan_layer
@@ -64,11 +65,15 @@ def patch_model(model: nn.Module, config: PackedBertConfig | None = None, **over
     berts = _find_berts(model)
     parameters_before = _count(model)
     packed = {}
+    plans = {}
     for name, bert in berts.items():
         structure, stored, layers = _pack_encoder(bert)
         encoder = PackedEncoder(structure, layers, config)
         # A forced backend that can't run here has to be refused before anything is changed.
         dispatch.resolve(config.backend, *_placement(encoder))
+        if config.precision == "int8":
+            plans[name] = encoder.plan_quantization(config, name)
+            encoder.quantize(plans[name])
         packed[name] = (encoder, stored)
 
     undo = _Undo(
@@ -86,14 +91,14 @@ def patch_model(model: nn.Module, config: PackedBertConfig | None = None, **over
         encoder, _ = packed[name]
         _warn_of_hooks(bert.encoder)
         undo.encoders[name] = bert.encoder if config.keep_original else None
-        undo.configs.append(_give_own_config(model, bert, encoder.structure))
+        undo.configs.append(_give_own_config(model, bert, _stored_config(config, encoder, plans.get(name))))
         install_encoder(bert, encoder)
         if encoder.structure.norm == "no_norm":
             undo.norms.update(replace_norms(model))
     model.eval()
     model._packedbert_undo = undo  # type: ignore[assignment]
     (encoder, stored), *_ = packed.values()
-    leave_report(model, encoder, stored, parameters_before)
+    leave_report(model, encoder, stored, parameters_before, next(iter(plans.values()), None))
     if config.release_weights:
         for encoder, _ in packed.values():
             encoder.release_weights()
@@ -203,7 +208,11 @@ def encoder_structure(config: Any, layers: tuple[LayerStructure, ...]) -> Encode
 
 
 def leave_report(
-    model: nn.Module, encoder: PackedEncoder, stored: list[LayerStructure] | None, parameters_before: int
+    model: nn.Module,
+    encoder: PackedEncoder,
+    stored: list[LayerStructure] | None,
+    parameters_before: int,
+    plan: QuantizationPlan | None = None,
 ) -> None:
     """Attach the PatchReport, and say once if the model runs on a slower backend than it might.
 
@@ -212,11 +221,21 @@ def leave_report(
         encoder: its (first) packed encoder.
         stored: each layer as it was stored; None: packed.
         parameters_before: of the model as it was stored.
+        plan: how it was quantized, if it was just now.
     """
     placement = _placement(encoder)
     backend = dispatch.resolve(encoder.backend, *placement)
     isa = dispatch.cpu_isa() if backend == "cpu" else "none"
-    report = make_report(encoder.structure, stored, parameters_before, _count(model), backend, isa)
+    report = make_report(
+        encoder.structure,
+        stored,
+        parameters_before,
+        _count(model),
+        backend,
+        isa,
+        encoder.precisions(),
+        {} if plan is None else plan.errors,
+    )
     model.packedbert_report = report  # type: ignore[assignment]
     if reason := dispatch.why_slower(encoder.backend, *placement):
         warnings.warn(f"packedbert runs on plain PyTorch: {reason}", dispatch.PackedBertWarning, stacklevel=3)
@@ -237,11 +256,16 @@ def report_of(model: nn.Module) -> PatchReport:
 
 
 def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters, padding and scales of packed matrices not counted."""
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(
+        part.bias.shape[0] * part.in_features - part.weight.numel()
+        for part in model.modules()
+        if isinstance(part, PrepackedLinear | QuantizedLinear)
+    )
 
 
 def _placement(encoder: nn.Module) -> tuple[torch.device, torch.dtype]:
-    parameter = next(encoder.parameters(), None)
+    *_, parameter = (None, *encoder.parameters())  # the last one is a vector: its dtype is what is computed in
     return (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
 
 
@@ -365,14 +389,20 @@ def _dense_layer(layer: Any, name: str, head_size: int, eps: float) -> DenseLaye
 # ------------------------------------------------------------------------------------ changing the instance
 
 
-def _give_own_config(model: nn.Module, bert: BertModel, structure: EncoderStructure) -> tuple[list[str], Any]:
+def _stored_config(config: PackedBertConfig, encoder: PackedEncoder, plan: QuantizationPlan | None) -> PackedBertConfig:
+    """What config.json will say of how the weights are stored."""
+    skip = () if plan is None else tuple(name for name in encoder.matrices() if name not in plan.weights)
+    return PackedBertConfig(precision=config.precision, skip=skip, layers=encoder.structure.layers)
+
+
+def _give_own_config(model: nn.Module, bert: BertModel, packed: PackedBertConfig) -> tuple[list[str], Any]:
     """Give the model a config of its own that says how it is packed, in place of one that others may share.
 
     Returns: the names of the modules that held the old config, and the old config.
     """
     old = bert.config
     new = copy.deepcopy(old)
-    new.quantization_config = PackedBertConfig(layers=structure.layers)
+    new.quantization_config = packed
     names = [name for name, module in model.named_modules() if module.__dict__.get("config") is old]
     for name in names:
         model.get_submodule(name).config = new

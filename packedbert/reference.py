@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quantization import quantized_product, unpack_quantized
+
 
 def _gelu_new(x: Tensor) -> Tensor:
     """Hendrycks and Gimpel's tanh approximation of GELU (arXiv 1606.08415), as in the original BERT code."""
@@ -51,6 +53,10 @@ class LayerWeights(NamedTuple):
     output_norm_bias: Tensor  # [hidden]
 
 
+#: The matrices of a layer: fields `<name>_weight` of LayerWeights. The other fields are vectors.
+MATRICES = ("qkv", "attention_output", "up", "down")
+
+
 def normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Apply one of `NORMS` over the last dimension of x."""
     if norm == "layer_norm":
@@ -73,8 +79,12 @@ def packed_linear(
     norm_bias: Tensor | None = None,
     eps: float = 1e-12,
 ) -> Tensor:
-    """norm(act(input @ weight.T + bias) + residual), with `weight` [N, K] as the model stores it."""
-    output = ACTIVATIONS[activation](F.linear(input, weight, bias))
+    """norm(act(input @ weight.T + bias) + residual), with `weight` [N, K] as the model stores it, or packed int8."""
+    if weight.dtype == torch.int8:
+        quantized = unpack_quantized(weight, bias.shape[0], input.shape[-1])
+        output = ACTIVATIONS[activation](quantized_product(input, quantized) + bias)
+    else:
+        output = ACTIVATIONS[activation](F.linear(input, weight.to(input.dtype), bias))
     if residual is not None:
         output = output + residual
     return normalize(output, norm, norm_weight, norm_bias, eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .reference import MATRICES
 from .structure import EncoderStructure, LayerStructure
 
 if TYPE_CHECKING:
@@ -20,12 +21,21 @@ class LayerReport:
         ffn_width: FFN rows that are left.
         parameters_before: of the layer as the model stored it.
         parameters_after: of the packed layer.
+        precisions: what each of `reference.MATRICES` is stored in, e.g. "int8".
     """
 
     heads: tuple[int, ...]
     ffn_width: int
     parameters_before: int
     parameters_after: int
+    precisions: tuple[str, ...]
+
+    @property
+    def precision(self) -> str:
+        """In words: "int8", or "int8, down fp32" with exceptions."""
+        most = max(self.precisions, key=self.precisions.count)
+        rest = [f"{name} {p}" for name, p in zip(MATRICES, self.precisions, strict=True) if p != most]
+        return ", ".join([most, *rest])
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,8 @@ class PatchReport:
         parameters_after: of the whole packed model.
         backend: that runs the encoder, e.g. "cpu".
         isa: instruction set of the native CPU kernels, e.g. "avx512"; "none" if they are not used.
+        int8_errors: matrix ("3.down") -> error of its int8 outputs on the calibration's data, as a root mean square
+            relative to the outputs'; of those that were left in float32 too. Empty without a calibration.
     """
 
     structure: EncoderStructure
@@ -49,6 +61,7 @@ class PatchReport:
     parameters_after: int
     backend: str
     isa: str
+    int8_errors: dict[str, float]
 
     @property
     def heads_removed(self) -> int:
@@ -84,6 +97,7 @@ class PatchReport:
         table.add_column("parameters stored", f"{before:,}", justify="right")
         table.add_column("packed", f"{after:,}", justify="right")
         table.add_column("of dense", f"{after / max(self.parameters_dense, 1):.0%}", justify="right")
+        table.add_column("stored in")
         dense_layer = self.parameters_dense / max(len(self.layers), 1)
         for index, layer in enumerate(self.layers):
             kept = "".join("■" if head in layer.heads else "·" for head in range(s.num_heads))
@@ -95,6 +109,7 @@ class PatchReport:
                 f"{layer.parameters_before:,}",
                 f"{layer.parameters_after:,}",
                 f"{layer.parameters_after / dense_layer:.0%}",
+                layer.precision,
             )
         return table
 
@@ -104,7 +119,7 @@ class PatchReport:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=110, no_color=True)
+        console = Console(width=120, no_color=True)
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
@@ -117,6 +132,8 @@ def make_report(
     parameters_after: int,
     backend: str,
     isa: str,
+    precisions: list[tuple[str, ...]],
+    int8_errors: dict[str, float],
 ) -> PatchReport:
     """Count each layer's parameters.
 
@@ -127,6 +144,8 @@ def make_report(
         parameters_after: of the whole model.
         backend: that runs it.
         isa: of the native kernels, if they run it.
+        precisions: of each layer's matrices.
+        int8_errors: as in PatchReport.
     """
     stored = before or list(structure.layers)
     layers = tuple(
@@ -135,8 +154,9 @@ def make_report(
             ffn_width=now.ffn_width,
             parameters_before=structure.layer_parameters(len(was.heads), was.ffn_width),
             parameters_after=structure.layer_parameters(len(now.heads), now.ffn_width),
+            precisions=stored_in,
         )
-        for was, now in zip(stored, structure.layers, strict=True)
+        for was, now, stored_in in zip(stored, structure.layers, precisions, strict=True)
     )
     dense = structure.layer_parameters(structure.num_heads, structure.intermediate_size) * len(layers)
-    return PatchReport(structure, layers, dense, parameters_before, parameters_after, backend, isa)
+    return PatchReport(structure, layers, dense, parameters_before, parameters_after, backend, isa, int8_errors)

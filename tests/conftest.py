@@ -10,6 +10,8 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
+from packedbert import dispatch
+
 settings.register_profile(
     "packedbert", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
@@ -24,8 +26,6 @@ SHARED = Path(os.environ.get("PACKEDBERT_SHARED", Path(__file__).parents[2] / "s
 @pytest.fixture(scope="session", autouse=True)
 def native_library():
     """The suite is about the kernels: it must not pass because they were missing."""
-    from packedbert import dispatch
-
     if dispatch.NATIVE is None:
         pytest.exit(f"packedbert's native library is missing: {dispatch.NATIVE_ERROR}", returncode=3)
     return dispatch.NATIVE
@@ -51,3 +51,21 @@ def reference_checkpoint(request, shared, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def reproducible():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=dispatch.NATIVE.available_isas() if dispatch.NATIVE else [])
+def isa(request):
+    """Every instruction set that this machine runs."""
+    best = dispatch.NATIVE.isa()
+    dispatch.NATIVE.set_isa(request.param)
+    assert dispatch.NATIVE.isa() == request.param  # the force took
+    yield request.param
+    dispatch.NATIVE.set_isa(best)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -11,6 +11,7 @@ PACKAGE = Path(packedbert.__file__).parent
 
 #: A module may import those before it, never one after it.
 ORDER = (
+    "quantization",
     "reference",
     "dispatch",
     "structure",
@@ -21,6 +22,7 @@ ORDER = (
     "modules",
     "report",
     "patch",
+    "calibration",
     "hf",
     "qa",
     "squad",

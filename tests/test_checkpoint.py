@@ -218,9 +218,9 @@ def test_load_gives_an_ordinary_model(tiny_checkpoint, tmp_path):
     folder, batch, logits = tiny_checkpoint
     model = packedbert.load(folder, config=PackedBertConfig(backend="reference"))
     assert model.packedbert_report.backend == "reference"
-    with pytest.warns(packedbert.PackedBertWarning, match=r"torch\.bfloat16"):
-        half = packedbert.load(folder, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16
+    with pytest.warns(packedbert.PackedBertWarning, match=r"torch\.float64"):
+        double = packedbert.load(folder, dtype=torch.float64)
+    assert double.dtype == torch.float64
     assert_answers(model.half().float(), batch, logits, atol=0.05)  # a quantized model would refuse this
     with pytest.raises(ValueError, match="this one was patched with keep_original=False"):
         packedbert.unpatch_model(model)

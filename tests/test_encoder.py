@@ -13,24 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import assert_as_exact_as_torch, prepacked_layers, random_layers
 
-from packedbert import dispatch, ops, reference
-
-
-@pytest.fixture(params=dispatch.NATIVE.available_isas() if dispatch.NATIVE else [])
-def isa(request):
-    best = dispatch.NATIVE.isa()
-    dispatch.NATIVE.set_isa(request.param)
-    assert dispatch.NATIVE.isa() == request.param  # the force took
-    yield request.param
-    dispatch.NATIVE.set_isa(best)
-
-
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, undone after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+from packedbert import ops, reference
 
 
 def ragged_qkv(lengths, heads, head_size, size=1.0):

@@ -160,15 +160,20 @@ def test_empty_batches_give_empty_results(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_work_and_say_that_they_are_slower(dtype):
+def test_other_dtypes_work(dtype):
+    """Half precision is stored and computed in float32; float64 is computed by PyTorch, which is said."""
     model = pruned().to(dtype)
     batch = batch_for(model)
     real = batch["attention_mask"].bool()
     oracle = run(copy.deepcopy(model).double(), batch).last_hidden_state[real]
     own_error = (run(model, batch).last_hidden_state[real] - oracle).abs().max()
-    with pytest.warns(packedbert.PackedBertWarning, match=f"the model is in {dtype}") as caught:
+    if dtype == torch.float64:
+        with pytest.warns(packedbert.PackedBertWarning, match=f"the model is in {dtype}") as caught:
+            packedbert.patch_model(model)
+        assert len(caught) == 1
+    else:
         packedbert.patch_model(model)
-    assert len(caught) == 1
+        assert model.packedbert_report.backend == "cpu"
     got = run(model, batch).last_hidden_state
     assert got.dtype == dtype
     rounding = 2 * torch.finfo(dtype).eps * oracle.abs().max()
@@ -521,7 +526,7 @@ def test_impossible_choices(monkeypatch):
         packedbert.patch_model(model, backend="cpu")
     with pytest.raises(ValueError, match=r"backend: expected one of auto, cpu, reference, got 'cuda:0'"):
         packedbert.patch_model(model, backend="cuda:0")
-    with pytest.raises(TypeError, match="expected backend, keep_original or release_weights, got bakend"):
+    with pytest.raises(TypeError, match="expected backend, precision, .*, got bakend"):
         packedbert.patch_model(model, bakend="cpu")
     monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "tpu")
     with pytest.raises(ValueError, match="PACKEDBERT_BACKEND: expected one of"):

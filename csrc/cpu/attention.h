@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/ragged_batch.h"
 #include "packed_layout.h"
@@ -41,15 +42,7 @@ struct PrunedAttention {
 // sequence do not depend on the batch that it is in.
 void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for);
 
-// One body, compiled once for each instruction set; call through pruned_attention.
-namespace scalar {
-void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for);
-}
-namespace avx2 {
-void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for);
-}
-namespace avx512 {
-void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for);
-}
+PACKEDBERT_DECLARE_FOR_EACH_ISA(void pruned_attention(const PrunedAttention& attention,
+                                                      ParallelFor parallel_for))
 
 }  // namespace packedbert::cpu

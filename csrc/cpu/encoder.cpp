@@ -42,10 +42,14 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads) {
   int64_t inner_width = 0;
   int64_t keys = 0;
   int64_t values = 0;
+  bool quantized = false;
   for (int64_t i = 0; i < encoder.layer_count; ++i) {
     const EncoderLayer& layer = encoder.layers[i];
     query_width = std::max(query_width, layer.heads.width());
-    inner_width = std::max({inner_width, layer.heads.width(), layer.ffn_width});
+    inner_width = std::max({inner_width, layer.heads.width(), layer.up_weight.out_features});
+    for (const Matrix* matrix :
+         {&layer.qkv_weight, &layer.attention_output_weight, &layer.up_weight, &layer.down_weight})
+      quantized = quantized || matrix->quantized;
     keys = std::max(keys, keys_size(batch, layer.heads));
     values = std::max(values, values_size(batch, layer.heads));
   }
@@ -85,33 +89,19 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads) {
   }
   plan.inner_size = inner_rows * plan.inner_stride;
   plan.inner = place(plan.workers * plan.inner_size);
+  plan.inner_rows = inner_rows;
+  const int64_t widest = std::max(encoder.hidden_size, inner_width);
+  plan.quantized_size = quantized ? round_up(quantized_rows_size(inner_rows, widest), kLine) : 0;
+  plan.quantized = place(plan.workers * plan.quantized_size);
   return plan;
 }
 
 void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for) {
-  switch (active_isa()) {
-#if PACKEDBERT_X86
-    case Isa::avx512:
-      return avx512::encoder(encoder, plan, scratch, parallel_for);
-    case Isa::avx2:
-      return avx2::encoder(encoder, plan, scratch, parallel_for);
-#endif
-    default:
-      return scalar::encoder(encoder, plan, scratch, parallel_for);
-  }
+  PACKEDBERT_CALL_FOR_ISA(encoder, encoder, plan, scratch, parallel_for);
 }
 
 void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for) {
-  switch (active_isa()) {
-#if PACKEDBERT_X86
-    case Isa::avx512:
-      return avx512::pruned_attention(attention, parallel_for);
-    case Isa::avx2:
-      return avx2::pruned_attention(attention, parallel_for);
-#endif
-    default:
-      return scalar::pruned_attention(attention, parallel_for);
-  }
+  PACKEDBERT_CALL_FOR_ISA(pruned_attention, attention, parallel_for);
 }
 
 }  // namespace packedbert::cpu

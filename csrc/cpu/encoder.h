@@ -1,32 +1,34 @@
-// All layers of a packed BERT encoder in one call, on the CPU, in float.
+// All layers of a packed BERT encoder in one call, on the CPU: activations in float, and the inputs of a
+// product in int8 where its matrix is.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/attention.h"
+#include "cpu/isa.h"
+#include "cpu/matrix.h"
 #include "cpu/parallel.h"
 #include "cpu/ragged_batch.h"
 #include "epilogue.h"
 
 namespace packedbert::cpu {
 
-// The weights of one layer, reference.LayerWeights: the four matrices as prepack_linear lays them out. Arrays
-// are contiguous and need no alignment beyond a float's.
+// The weights of one layer, reference.LayerWeights, the four matrices packed. Arrays are contiguous and need
+// no alignment beyond a float's.
 struct EncoderLayer {
   Heads heads;
-  int64_t ffn_width;
-  const float* qkv_weight;               // of [3 * heads.width(), hidden_size]
-  const float* qkv_bias;                 // [3 * heads.width()]
-  const float* attention_output_weight;  // of [hidden_size, heads.width()]
-  const float* attention_output_bias;    // [hidden_size]
-  const float* attention_norm_weight;    // [hidden_size]
-  const float* attention_norm_bias;      // [hidden_size]
-  const float* up_weight;                // of [ffn_width, hidden_size]
-  const float* up_bias;                  // [ffn_width]
-  const float* down_weight;              // of [hidden_size, ffn_width]
-  const float* down_bias;                // [hidden_size]
-  const float* output_norm_weight;       // [hidden_size]
-  const float* output_norm_bias;         // [hidden_size]
+  Matrix qkv_weight;                   // [3 * heads.width(), hidden_size]
+  const float* qkv_bias;               // [3 * heads.width()]
+  Matrix attention_output_weight;      // [hidden_size, heads.width()]
+  const float* attention_output_bias;  // [hidden_size]
+  const float* attention_norm_weight;  // [hidden_size]
+  const float* attention_norm_bias;    // [hidden_size]
+  Matrix up_weight;                    // [ffn_width, hidden_size]
+  const float* up_bias;                // [ffn_width]
+  Matrix down_weight;                  // [hidden_size, ffn_width]
+  const float* down_bias;              // [hidden_size]
+  const float* output_norm_weight;     // [hidden_size]
+  const float* output_norm_bias;       // [hidden_size]
 };
 
 struct Encoder {
@@ -57,7 +59,10 @@ struct EncoderPlan {
   int64_t values[2];   // layer while another thread writes those of the next
   int64_t inner;       // [workers, rows of a panel, context or FFN activations, whichever is wider]
   int64_t inner_size;  // of one worker
-  int64_t size;        // floats in all
+  int64_t quantized;   // [workers, quantized_rows_size(rows of a panel)]: the inputs of one quantised matrix
+  int64_t quantized_size;  // of one worker
+  int64_t inner_rows;      // of a panel, at most
+  int64_t size;            // floats in all
 };
 
 // threads: how many the ParallelFor has at most, 1 or more. The plan depends on it, the result does not.
@@ -68,15 +73,7 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads);
 //   scratch: plan.size floats, best aligned to a cache line; need not be initialised.
 void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for);
 
-// One body, compiled once for each instruction set; call through encoder.
-namespace scalar {
-void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for);
-}
-namespace avx2 {
-void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for);
-}
-namespace avx512 {
-void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for);
-}
+PACKEDBERT_DECLARE_FOR_EACH_ISA(
+    void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for))
 
 }  // namespace packedbert::cpu

@@ -16,7 +16,8 @@ struct LayerRun {
   int64_t first;  // token
   int64_t tokens;
   int64_t attention_chunks;
-  float* inner;  // scratch of the range: [tokens, plan->inner_stride]
+  float* inner;      // scratch of the range: [tokens, plan->inner_stride]
+  float* quantized;  // scratch of the range: QuantizedRows
 
   const EncoderLayer& weights() const { return encoder->layers[layer]; }
   const EncoderLayer& next_weights() const { return encoder->layers[layer + 1]; }
@@ -30,23 +31,28 @@ struct LayerRun {
             plan->query_stride, scratch + plan->keys[turn],      scratch + plan->values[turn]};
   }
 
-  Units qkv_units() const { return Units(tokens, encoder->hidden_size, 3 * next_weights().heads.width()); }
-  Units attention_output_units() const {
-    return Units(tokens, weights().heads.width(), encoder->hidden_size);
+  Units units(const Matrix& weight) const { return Units(tokens, weight); }
+  QuantizedRows inputs_of(const Matrix& weight) const {
+    return QuantizedRows::at(quantized, plan->inner_rows, weight.in_features);
   }
-  Units up_units() const { return Units(tokens, encoder->hidden_size, weights().ffn_width); }
-  Units down_units() const { return Units(tokens, weights().ffn_width, encoder->hidden_size); }
 };
 
 inline const LayerRun& run_of(const void* context) { return *static_cast<const LayerRun*>(context); }
+
+// Token `token` of the range as an input of `weight`, if that wants it quantised: x [weight.in_features].
+inline void quantize_token(const LayerRun& run, const Matrix& weight, const float* x, int64_t token) {
+  if (weight.quantized)
+    quantize_row(x, weight.input_scale(), weight.in_features, run.inputs_of(weight), token);
+}
 
 // Tokens [begin, end) of the range, from the padded batch.
 void gather_tokens(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const int64_t size = run.encoder->hidden_size;
   for (int64_t token = begin; token < end; ++token) {
-    copy(run.encoder->input + run.encoder->rows[run.first + token] * size, size,
-         run.hidden() + token * run.plan->hidden_stride);
+    float* x = run.hidden() + token * run.plan->hidden_stride;
+    copy(run.encoder->input + run.encoder->rows[run.first + token] * size, size, x);
+    quantize_token(run, run.next_weights().qkv_weight, x, token);
   }
 }
 
@@ -67,9 +73,10 @@ struct QkvFinish {
 
 void project_qkv(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
-  const QkvFinish finish{run.qkv_of(run.layer + 1), run.next_weights().qkv_bias, run.first};
-  multiply_units(run.qkv_units(), run.hidden(), run.plan->hidden_stride, run.next_weights().qkv_weight,
-                 run.next_weights().attention_output_weight, begin, end, finish);
+  const EncoderLayer& w = run.next_weights();
+  const QkvFinish finish{run.qkv_of(run.layer + 1), w.qkv_bias, run.first};
+  multiply_units(run.units(w.qkv_weight), run.hidden(), run.plan->hidden_stride, run.inputs_of(w.qkv_weight),
+                 w.qkv_weight, w.attention_output_weight.data, begin, end, finish);
 }
 
 void attend(const void* context, int64_t begin, int64_t end) {
@@ -80,23 +87,37 @@ void attend(const void* context, int64_t begin, int64_t end) {
 
 // hidden += inner weight^T + bias: both linear layers that end in a residual.
 PACKEDBERT_INLINE void project_back(const LayerRun& run,
-                                    const Units& units,
-                                    const float* weight,
+                                    const Matrix& weight,
                                     const float* bias,
-                                    const float* next,
+                                    const void* next,
                                     int64_t begin,
                                     int64_t end) {
   const LinearFinish finish{
       finish_tile<Activation::none>, run.encoder->hidden_size, bias, run.hidden(), run.hidden(),
       run.plan->hidden_stride};
-  multiply_units(units, run.inner, run.plan->inner_stride, weight, next, begin, end, finish);
+  multiply_units(run.units(weight), run.inner, run.plan->inner_stride, run.inputs_of(weight), weight, next,
+                 begin, end, finish);
+}
+
+// The inputs [begin, end) of project_context and project_down, where these are quantised.
+void quantize_context(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  for (int64_t token = begin; token < end; ++token) {
+    quantize_token(run, run.weights().attention_output_weight, run.inner + token * run.plan->inner_stride,
+                   token);
+  }
+}
+
+void quantize_ffn(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  for (int64_t token = begin; token < end; ++token)
+    quantize_token(run, run.weights().down_weight, run.inner + token * run.plan->inner_stride, token);
 }
 
 void project_context(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const EncoderLayer& w = run.weights();
-  project_back(run, run.attention_output_units(), w.attention_output_weight, w.attention_output_bias,
-               w.up_weight, begin, end);
+  project_back(run, w.attention_output_weight, w.attention_output_bias, w.up_weight.data, begin, end);
 }
 
 void normalize_attention(const void* context, int64_t begin, int64_t end) {
@@ -106,6 +127,7 @@ void normalize_attention(const void* context, int64_t begin, int64_t end) {
     float* x = run.hidden() + token * run.plan->hidden_stride;
     normalize_row(run.encoder->norm, x, run.encoder->hidden_size, w.attention_norm_weight,
                   w.attention_norm_bias, run.encoder->eps, x);
+    quantize_token(run, w.up_weight, x, token);
   }
 }
 
@@ -113,19 +135,20 @@ void project_up(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const EncoderLayer& w = run.weights();
   const LinearFinish finish{finish_tile_for(run.encoder->activation),
-                            w.ffn_width,
+                            w.up_weight.out_features,
                             w.up_bias,
                             nullptr,
                             run.inner,
                             run.plan->inner_stride};
-  multiply_units(run.up_units(), run.hidden(), run.plan->hidden_stride, w.up_weight, w.down_weight, begin,
-                 end, finish);
+  multiply_units(run.units(w.up_weight), run.hidden(), run.plan->hidden_stride, run.inputs_of(w.up_weight),
+                 w.up_weight, w.down_weight.data, begin, end, finish);
 }
 
 void project_down(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
-  const float* next = run.is_last() ? nullptr : run.next_weights().qkv_weight;
-  project_back(run, run.down_units(), run.weights().down_weight, run.weights().down_bias, next, begin, end);
+  const EncoderLayer& w = run.weights();
+  const void* next = run.is_last() ? nullptr : run.next_weights().qkv_weight.data;
+  project_back(run, w.down_weight, w.down_bias, next, begin, end);
 }
 
 // After the last layer the rows go to where they belong in the padded batch.
@@ -137,6 +160,7 @@ void normalize_output(const void* context, int64_t begin, int64_t end) {
     float* x = run.hidden() + token * run.plan->hidden_stride;
     float* to = run.is_last() ? run.encoder->output + run.encoder->rows[run.first + token] * size : x;
     normalize_row(run.encoder->norm, x, size, w.output_norm_weight, w.output_norm_bias, run.encoder->eps, to);
+    if (!run.is_last()) quantize_token(run, run.next_weights().qkv_weight, x, token);
   }
 }
 
@@ -145,22 +169,28 @@ void run_here(int64_t count, int64_t, RangeTask task, const void* context) { tas
 
 // The steps of one layer for a range of tokens; for layer -1 what comes before the first.
 void run_layer(const LayerRun& run, ParallelFor parallel_for) {
-  const int64_t norm_grain = ceil_div(kNormElementsPerThread, larger(1, run.encoder->hidden_size));
-  const auto multiply = [&](const Units& units, RangeTask task) {
+  const auto for_tokens = [&](RangeTask task) {
+    parallel_for(run.tokens, ceil_div(kNormElementsPerThread, run.encoder->hidden_size), task, &run);
+  };
+  const auto multiply = [&](const Matrix& weight, RangeTask task) {
+    const Units units = run.units(weight);
     if (units.count() > 0) parallel_for(units.count(), units.grain(), task, &run);
   };
   if (run.layer < 0) {
-    parallel_for(run.tokens, norm_grain, gather_tokens, &run);
+    for_tokens(gather_tokens);
   } else {
-    const int64_t attention_units = run.weights().heads.count * run.attention_chunks;
-    if (run.weights().heads.size > 0 && attention_units > 0) parallel_for(attention_units, 1, attend, &run);
-    multiply(run.attention_output_units(), project_context);
-    parallel_for(run.tokens, norm_grain, normalize_attention, &run);
-    multiply(run.up_units(), project_up);
-    multiply(run.down_units(), project_down);
-    parallel_for(run.tokens, norm_grain, normalize_output, &run);
+    const EncoderLayer& w = run.weights();
+    const int64_t attention_units = w.heads.count * run.attention_chunks;
+    if (w.heads.size > 0 && attention_units > 0) parallel_for(attention_units, 1, attend, &run);
+    if (w.attention_output_weight.quantized) for_tokens(quantize_context);
+    multiply(w.attention_output_weight, project_context);
+    for_tokens(normalize_attention);
+    multiply(w.up_weight, project_up);
+    if (w.down_weight.quantized) for_tokens(quantize_ffn);
+    multiply(w.down_weight, project_down);
+    for_tokens(normalize_output);
   }
-  if (!run.is_last()) multiply(run.qkv_units(), project_qkv);
+  if (!run.is_last()) multiply(run.next_weights().qkv_weight, project_qkv);
 }
 
 // One layer in panels.
@@ -176,6 +206,7 @@ void run_panels(const void* context, int64_t begin, int64_t) {
   LayerRun run = panels.all;
   const int64_t count = run.plan->panels;
   run.inner += begin * run.plan->inner_size;
+  run.quantized += begin * run.plan->quantized_size;
   run.attention_chunks = 1;
   for (;;) {
     const int64_t panel = __atomic_fetch_add(panels.next_panel, 1, __ATOMIC_RELAXED);
@@ -196,7 +227,17 @@ void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, Pa
     return;
   }
   const int64_t tokens = encoder.batch.tokens;
-  LayerRun run{&encoder, &plan, scratch, -1, 0, tokens, attention_chunks(tokens), scratch + plan.inner};
+  LayerRun run{
+      .encoder = &encoder,
+      .plan = &plan,
+      .scratch = scratch,
+      .layer = -1,
+      .first = 0,
+      .tokens = tokens,
+      .attention_chunks = attention_chunks(tokens),
+      .inner = scratch + plan.inner,
+      .quantized = scratch + plan.quantized,
+  };
   for (; run.layer < encoder.layer_count; ++run.layer) {
     if (plan.panels == 0) {
       run_layer(run, parallel_for);

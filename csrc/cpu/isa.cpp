@@ -41,7 +41,14 @@ std::vector<Isa> detect() {
   if (!has_bits(saved, sse_and_ymm) || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return isas;
   if (!has_bits(ebx, avx2)) return isas;
   isas.push_back(Isa::avx2);
-  if (has_bits(ebx, avx512_f_dq_bw_vl) && has_bits(saved, masks_and_zmm)) isas.push_back(Isa::avx512);
+  const bool has_avx512 = has_bits(ebx, avx512_f_dq_bw_vl) && has_bits(saved, masks_and_zmm);
+  constexpr uint32_t avx512_vnni = 1u << 11;
+  const bool has_avx512_vnni = has_avx512 && has_bits(ecx, avx512_vnni);
+  constexpr uint32_t avx_vnni = 1u << 4;
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && has_bits(eax, avx_vnni))
+    isas.push_back(Isa::avx2_vnni);
+  if (has_avx512) isas.push_back(Isa::avx512);
+  if (has_avx512_vnni) isas.push_back(Isa::avx512_vnni);
   return isas;
 }
 
@@ -64,8 +71,12 @@ const char* isa_name(Isa isa) {
       return "scalar";
     case Isa::avx2:
       return "avx2";
+    case Isa::avx2_vnni:
+      return "avx2_vnni";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_vnni:
+      return "avx512_vnni";
   }
   return "unknown";
 }

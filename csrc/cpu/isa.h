@@ -12,10 +12,52 @@
 namespace packedbert::cpu {
 
 enum class Isa {
-  scalar,  // whatever the compiler makes of plain C++ for the baseline of the platform
-  avx2,    // AVX2 + FMA
-  avx512,  // AVX-512 F, BW, DQ and VL
+  scalar,       // whatever the compiler makes of plain C++ for the baseline of the platform
+  avx2,         // AVX2 + FMA
+  avx2_vnni,    // and AVX-VNNI, the dot products of bytes
+  avx512,       // AVX-512 F, BW, DQ and VL
+  avx512_vnni,  // and AVX-512 VNNI
 };
+
+// A kernel has one body, compiled once for each instruction set: this declares all of them, and
+// PACKEDBERT_CALL_FOR_ISA calls the one for active_isa().
+#if PACKEDBERT_X86
+#define PACKEDBERT_DECLARE_FOR_EACH_ISA(declaration) \
+  namespace scalar {                                 \
+  declaration;                                       \
+  }                                                  \
+  namespace avx2 {                                   \
+  declaration;                                       \
+  }                                                  \
+  namespace avx2_vnni {                              \
+  declaration;                                       \
+  }                                                  \
+  namespace avx512 {                                 \
+  declaration;                                       \
+  }                                                  \
+  namespace avx512_vnni {                            \
+  declaration;                                       \
+  }
+#define PACKEDBERT_CALL_FOR_ISA(function, ...)   \
+  switch (active_isa()) {                        \
+    case Isa::avx512_vnni:                       \
+      return avx512_vnni::function(__VA_ARGS__); \
+    case Isa::avx512:                            \
+      return avx512::function(__VA_ARGS__);      \
+    case Isa::avx2_vnni:                         \
+      return avx2_vnni::function(__VA_ARGS__);   \
+    case Isa::avx2:                              \
+      return avx2::function(__VA_ARGS__);        \
+    default:                                     \
+      return scalar::function(__VA_ARGS__);      \
+  }
+#else
+#define PACKEDBERT_DECLARE_FOR_EACH_ISA(declaration) \
+  namespace scalar {                                 \
+  declaration;                                       \
+  }
+#define PACKEDBERT_CALL_FOR_ISA(function, ...) return scalar::function(__VA_ARGS__)
+#endif
 
 const char* isa_name(Isa isa);
 

@@ -24,6 +24,8 @@ constexpr int64_t kNearPrefetch = 8;
 #include "cpu/vec_avx2.h"
 #include "cpu/vec_math.h"
 #include "cpu/multiply_tile.h"
+#include "cpu/dot_avx2.h"
+#include "cpu/multiply_quantized.h"
 #include "cpu/linear_body.h"
 #include "cpu/packed_linear_body.h"
 #include "cpu/attention_body.h"

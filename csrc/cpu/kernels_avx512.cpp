@@ -4,7 +4,9 @@
 #if PACKEDBERT_X86
 
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12's own _mm512_undefined_ps, PR 105593
+// g++ 12's own _mm512_undefined_*, PR 105593
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 
@@ -25,6 +27,8 @@ constexpr int64_t kNearPrefetch = 0;
 #include "cpu/vec_avx512.h"
 #include "cpu/vec_math.h"
 #include "cpu/multiply_tile.h"
+#include "cpu/dot_avx512.h"
+#include "cpu/multiply_quantized.h"
 #include "cpu/linear_body.h"
 #include "cpu/packed_linear_body.h"
 #include "cpu/attention_body.h"

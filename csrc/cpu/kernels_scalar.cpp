@@ -15,6 +15,8 @@ constexpr int64_t kNearPrefetch = 0;
 #include "cpu/vec_scalar.h"
 #include "cpu/vec_math.h"
 #include "cpu/multiply_tile.h"
+#include "cpu/dot_scalar.h"
+#include "cpu/multiply_quantized.h"
 #include "cpu/linear_body.h"
 #include "cpu/packed_linear_body.h"
 #include "cpu/attention_body.h"

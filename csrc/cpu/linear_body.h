@@ -23,13 +23,13 @@ struct Units {
   int64_t tiles;
   int64_t tiles_per_block;
 
-  Units(int64_t rows, int64_t in_features, int64_t out_features)
+  Units(int64_t rows, const Matrix& weight)
       : rows(rows),
-        depth(in_features),
-        columns(out_features),
-        panels(panel_count(out_features)),
+        depth(weight.in_features),
+        columns(weight.out_features),
+        panels(panel_count(weight.out_features)),
         tiles(ceil_div(rows, kTileRows)),
-        tiles_per_block(larger(1, kRowBlockBytes / (4 * kTileRows * larger(1, in_features)))) {}
+        tiles_per_block(larger(1, kRowBlockBytes / (4 * kTileRows * larger(1, weight.in_features)))) {}
 
   int64_t count() const { return tiles * panels; }
 
@@ -60,44 +60,86 @@ PACKEDBERT_INLINE void prefetch_tile(const float* to, int64_t rows, int64_t stri
   }
 }
 
-// The units [begin, end) of input weight^T. Each tile goes to finish(sums [rows, kPanelWidth], first row,
-// rows, first column) from the first-level cache.
-//   input [units.rows, units.depth] with input_stride between rows; weight [panels, depth, kPanelWidth];
+// The two kinds of product that multiply_units takes. Both read kPanelWidth * sizeof(float) bytes of weights
+// a step: of one input in float, of kGroup inputs in int8.
+constexpr int64_t kStepBytes = kPanelWidth * sizeof(float);
+static_assert(kStepBytes == kPanelWidth * kGroup);
+
+struct FloatProduct {
+  const float* input;  // [rows, weight.in_features] with `stride` between rows
+  int64_t stride;
+  const Matrix& weight;
+
+  PACKEDBERT_INLINE int64_t steps() const { return weight.in_features; }
+  PACKEDBERT_INLINE void multiply(
+      int64_t row, int64_t rows, int64_t panel, int64_t columns, float* tile, Prefetch ahead) const {
+    multiply_tile(input + row * stride, stride, rows, weight.floats() + panel * steps() * kPanelWidth,
+                  columns, steps(), tile, kPanelWidth, ahead);
+  }
+};
+
+struct QuantizedProduct {
+  QuantizedRows input;
+  const Matrix& weight;
+
+  PACKEDBERT_INLINE int64_t steps() const { return group_count(weight.in_features); }
+  PACKEDBERT_INLINE void multiply(
+      int64_t row, int64_t rows, int64_t panel, int64_t columns, float* tile, Prefetch ahead) const {
+    multiply_quantized_tile(input, row, rows, weight, panel, columns, tile, ahead);
+  }
+};
+
+// The units [begin, end) of a product. Each tile goes to finish(sums [rows, kPanelWidth], first row, rows,
+// first column) from the first-level cache.
 //   next: the weight that this thread will read afterwards, or null.
 // While a panel is multiplied, the next one is brought to the second-level cache, a share of it with each
 // tile: 2 to 9 percent, because the processor's own prefetching starts anew with every panel.
-template <typename Finish>
+template <typename Product, typename Finish>
 PACKEDBERT_INLINE void multiply_units(const Units& units,
-                                      const float* input,
-                                      int64_t input_stride,
-                                      const float* weight,
-                                      const float* next,
+                                      const Product& product,
+                                      const void* next,
                                       int64_t begin,
                                       int64_t end,
                                       const Finish& finish) {
   alignas(64) float sums[kTileRows * kPanelWidth];
-  const int64_t panel_size = units.depth * kPanelWidth;
+  const int64_t panel_bytes = product.steps() * kStepBytes;
   const int64_t tiles_of_panel = smaller(units.tiles, units.tiles_per_block);
-  const int64_t share = ceil_div(kPanelWidth * sizeof(float), tiles_of_panel);
+  const int64_t share = ceil_div(kStepBytes, tiles_of_panel);
+  const char* panels = static_cast<const char*>(product.weight.data);
   for (int64_t unit = begin; unit < end; ++unit) {
     int64_t tile = 0;
     int64_t panel = 0;
     units.find(unit, &tile, &panel);
     const int64_t row = units.first_row(tile);
     const int64_t rows = units.first_row(tile + 1) - row;
-    const float* this_panel = weight + panel * panel_size;
-    const float* next_panel = unit + tiles_of_panel < end ? this_panel + panel_size : next;
-    Prefetch ahead = no_prefetch(this_panel);
-    if (next_panel) {
-      ahead.from =
-          reinterpret_cast<const char*>(next_panel) + tile % units.tiles_per_block * share * units.depth;
-      ahead.bytes = share;
-    }
+    const char* this_panel = panels + panel * panel_bytes;
+    const char* next_panel =
+        unit + tiles_of_panel < end ? this_panel + panel_bytes : static_cast<const char*>(next);
+    Prefetch ahead{this_panel, 0};
+    if (next_panel) ahead = {next_panel + tile % units.tiles_per_block * share * product.steps(), share};
     finish.prepare(row, rows, panel * kPanelWidth);
-    multiply_tile(input + row * input_stride, input_stride, rows, this_panel,
-                  smaller(kPanelWidth, units.columns - panel * kPanelWidth), units.depth, sums, kPanelWidth,
-                  ahead);
+    product.multiply(row, rows, panel, smaller(kPanelWidth, units.columns - panel * kPanelWidth), sums,
+                     ahead);
     finish(sums, row, rows, panel * kPanelWidth);
+  }
+}
+
+// multiply_units with a matrix of either kind: `input` is read if it is in float, `quantized` if it is in
+// int8.
+template <typename Finish>
+PACKEDBERT_INLINE void multiply_units(const Units& units,
+                                      const float* input,
+                                      int64_t stride,
+                                      const QuantizedRows& quantized,
+                                      const Matrix& weight,
+                                      const void* next,
+                                      int64_t begin,
+                                      int64_t end,
+                                      const Finish& finish) {
+  if (weight.quantized) {
+    multiply_units(units, QuantizedProduct{quantized, weight}, next, begin, end, finish);
+  } else {
+    multiply_units(units, FloatProduct{input, stride, weight}, next, begin, end, finish);
   }
 }
 

@@ -7,16 +7,7 @@
 namespace packedbert::cpu {
 
 void packed_linear(const PackedLinear& linear, ParallelFor parallel_for) {
-  switch (active_isa()) {
-#if PACKEDBERT_X86
-    case Isa::avx512:
-      return avx512::packed_linear(linear, parallel_for);
-    case Isa::avx2:
-      return avx2::packed_linear(linear, parallel_for);
-#endif
-    default:
-      return scalar::packed_linear(linear, parallel_for);
-  }
+  PACKEDBERT_CALL_FOR_ISA(packed_linear, linear, parallel_for);
 }
 
 namespace {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/isa.h"
+#include "cpu/matrix.h"
 #include "cpu/parallel.h"
 #include "epilogue.h"
 
@@ -11,15 +13,15 @@ namespace packedbert::cpu {
 // Every array is row-major and contiguous, and needs no alignment beyond a float's. A size may be 0.
 struct PackedLinear {
   int64_t rows;
-  int64_t in_features;
-  int64_t out_features;
+  Matrix weight;             // [out_features, in_features]
   const float* input;        // [rows, in_features]
-  const float* weight;       // [panel_count(out_features), in_features, kPanelWidth], see packed_layout.h
   const float* bias;         // [out_features]
   const float* residual;     // [rows, out_features], or null
   const float* norm_weight;  // [out_features]; null with Norm::none
   const float* norm_bias;    // [out_features]; null with Norm::none
   float* output;             // [rows, out_features], overlaps nothing
+  float*
+      quantized_rows;  // scratch, quantized_rows_size(rows, in_features) floats, if the weight is quantised
   Activation activation;
   Norm norm;
   float eps;
@@ -38,15 +40,6 @@ void prepack_linear(const float* weight,  // [out_features, in_features], with s
                     float* packed,  // [panel_count(out_features), in_features, kPanelWidth]
                     ParallelFor parallel_for);
 
-// One body, compiled once for each instruction set; call through packed_linear.
-namespace scalar {
-void packed_linear(const PackedLinear& linear, ParallelFor parallel_for);
-}
-namespace avx2 {
-void packed_linear(const PackedLinear& linear, ParallelFor parallel_for);
-}
-namespace avx512 {
-void packed_linear(const PackedLinear& linear, ParallelFor parallel_for);
-}
+PACKEDBERT_DECLARE_FOR_EACH_ISA(void packed_linear(const PackedLinear& linear, ParallelFor parallel_for))
 
 }  // namespace packedbert::cpu

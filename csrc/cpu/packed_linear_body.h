@@ -1,38 +1,52 @@
 // packed_linear, over Vec. Included inside the namespace and the target region of one instruction set, after
 // linear_body.h.
 
-inline Units units_of(const PackedLinear& linear) {
-  return Units(linear.rows, linear.in_features, linear.out_features);
+inline QuantizedRows quantized_rows_of(const PackedLinear& linear) {
+  return QuantizedRows::at(linear.quantized_rows, linear.rows, linear.weight.in_features);
 }
 
-// The units [begin, end) of the PackedLinear that context points to.
+// The input rows [begin, end) of the PackedLinear that context points to, for a quantised weight.
+void quantize_packed_linear(const void* context, int64_t begin, int64_t end) {
+  const PackedLinear& linear = *static_cast<const PackedLinear*>(context);
+  const int64_t size = linear.weight.in_features;
+  for (int64_t row = begin; row < end; ++row)
+    quantize_row(linear.input + row * size, linear.weight.input_scale(), size, quantized_rows_of(linear),
+                 row);
+}
+
+// The units [begin, end).
 void multiply_packed_linear(const void* context, int64_t begin, int64_t end) {
   const PackedLinear& linear = *static_cast<const PackedLinear*>(context);
+  const int64_t out_features = linear.weight.out_features;
   const LinearFinish finish{finish_tile_for(linear.activation),
-                            linear.out_features,
+                            out_features,
                             linear.bias,
                             linear.residual,
                             linear.output,
-                            linear.out_features};
-  multiply_units(units_of(linear), linear.input, linear.in_features, linear.weight, nullptr, begin, end,
-                 finish);
+                            out_features};
+  multiply_units(Units(linear.rows, linear.weight), linear.input, linear.weight.in_features,
+                 quantized_rows_of(linear), linear.weight, nullptr, begin, end, finish);
 }
 
 // The rows [begin, end) of the output, normalised in place.
 void normalize_packed_linear(const void* context, int64_t begin, int64_t end) {
   const PackedLinear& linear = *static_cast<const PackedLinear*>(context);
+  const int64_t size = linear.weight.out_features;
   for (int64_t row = begin; row < end; ++row) {
-    float* x = linear.output + row * linear.out_features;
-    normalize_row(linear.norm, x, linear.out_features, linear.norm_weight, linear.norm_bias, linear.eps, x);
+    float* x = linear.output + row * size;
+    normalize_row(linear.norm, x, size, linear.norm_weight, linear.norm_bias, linear.eps, x);
   }
 }
 
 void packed_linear(const PackedLinear& linear, ParallelFor parallel_for) {
-  const Units units = units_of(linear);
+  const Units units(linear.rows, linear.weight);
   if (units.count() == 0) return;
+  const auto row_grain = [](int64_t features) {
+    return ceil_div(kNormElementsPerThread, larger(1, features));
+  };
+  if (linear.weight.quantized)
+    parallel_for(linear.rows, row_grain(linear.weight.in_features), quantize_packed_linear, &linear);
   parallel_for(units.count(), units.grain(), multiply_packed_linear, &linear);
-  if (linear.norm != Norm::none) {
-    parallel_for(linear.rows, ceil_div(kNormElementsPerThread, linear.out_features), normalize_packed_linear,
-                 &linear);
-  }
+  if (linear.norm != Norm::none)
+    parallel_for(linear.rows, row_grain(linear.weight.out_features), normalize_packed_linear, &linear);
 }

@@ -25,3 +25,7 @@
 // A vector argument must never be passed in memory, and a helper never be left as a call in an inner loop.
 #define PACKEDBERT_INLINE inline __attribute__((always_inline))
 #define PACKEDBERT_INLINE_LAMBDA __attribute__((always_inline))
+
+// Keeps a vector in its register here. Without it g++ adds integers in an order of its own (floats it may
+// not), and spills the sums of a microkernel's inner loop.
+#define PACKEDBERT_PIN(vector) __asm__("" : "+v"(vector))

@@ -1,0 +1,41 @@
+// Dot in plain C++. Included inside namespace packedbert::cpu::scalar, after vec_scalar.h.
+//
+// Dot is the inner product of quantised inputs and weights for kColumns neighbouring outputs, kGroup inputs
+// at a time, in exact 32-bit integers. Every dot_*.h has this interface.
+
+struct Dot {
+  // Inputs are stored as the instructions want them: as integers about 0, or shifted by the zero point to
+  // 0..255.
+  using Input = int16_t;
+  static constexpr int64_t kColumns = 4;
+
+  struct Inputs {
+    const Input* values;
+  };
+  struct Weights {
+    const int8_t* values;
+  };
+  int32_t sum[kColumns];
+
+  // An empty sum; column_sums [kColumns] of the weights.
+  static PACKEDBERT_INLINE Dot start(int32_t /*zero_point*/, const int32_t* /*column_sums*/) { return {}; }
+  static PACKEDBERT_INLINE Inputs broadcast(const Input* group) { return {group}; }
+  static PACKEDBERT_INLINE Weights load(const int8_t* from) { return {from}; }
+  PACKEDBERT_INLINE void add(Inputs inputs, Weights weights) {
+    for (int64_t column = 0; column < kColumns; ++column) {
+      for (int64_t i = 0; i < kGroup; ++i)
+        sum[column] += int32_t{inputs.values[i]} * weights.values[column * kGroup + i];
+    }
+  }
+  // to [2 * kColumns]: the sums of a, then of b.
+  static PACKEDBERT_INLINE void store(const Dot& a, const Dot& b, int32_t* to) {
+    for (int64_t column = 0; column < kColumns; ++column) {
+      to[column] = a.sum[column];
+      to[kColumns + column] = b.sum[column];
+    }
+  }
+  // to [Vec::kWidth]: integers -zero_point <= x <= 255 - zero_point.
+  static PACKEDBERT_INLINE void store_inputs(Vec x, Vec /*zero_point*/, Input* to) {
+    for (int64_t i = 0; i < Vec::kWidth; ++i) to[i] = static_cast<Input>(x.value[i]);
+  }
+};

@@ -1,0 +1,165 @@
+// Quantisation of inputs, and the microkernel of quantised products, over Vec and Dot. Included inside the
+// namespace and the target region of one instruction set, after its dot_*.h and multiply_tile.h.
+//
+// A row x of inputs becomes integers q, 0 <= q <= 255, a scale and a zero point, with x ~ (q - zero_point) *
+// scale: asymmetric, since what GELU puts out is. Products and their sums are exact, so every instruction set
+// has the same; so are the integers themselves, each of whose roundings is one IEEE 754 operation.
+
+// The inputs of a quantised matrix.
+struct QuantizedRows {
+  float* scale;         // [rows]
+  int32_t* zero_point;  // [rows]
+  Dot::Input* values;   // [rows, in_features up to the next full Vec] with `stride` between rows
+  int64_t stride;
+
+  // In scratch memory of quantized_rows_size(rows, at least in_features) floats.
+  static QuantizedRows at(float* scratch, int64_t rows, int64_t in_features) {
+    return {scratch, reinterpret_cast<int32_t*>(scratch + rows),
+            reinterpret_cast<Dot::Input*>(scratch + 2 * rows), quantized_stride(in_features)};
+  }
+};
+
+// The smallest scale: its inverse is finite.
+constexpr float kMinScale = 0x1p-126f;
+
+// Row `row` of `to` = x [size], times input_scale [size]. Where x has a NaN or an infinity, the scale is a
+// NaN, and with it everything that is computed from the row.
+inline void quantize_row(
+    const float* x, const float* input_scale, int64_t size, const QuantizedRows& to, int64_t row) {
+  const auto load = [&](int64_t i) PACKEDBERT_INLINE_LAMBDA {
+    if (i + Vec::kWidth <= size) return Vec::load(x + i) * Vec::load(input_scale + i);
+    return Vec::load_partial(x + i, size - i) * Vec::load_partial(input_scale + i, size - i);
+  };
+  Vec low = Vec::zero();
+  Vec high = Vec::zero();
+  Vec damage = Vec::zero();  // 0 * x is a NaN for what is not finite
+  for (int64_t i = 0; i < size; i += Vec::kWidth) {
+    const Vec value = load(i);
+    low = min(low, value);
+    high = max(high, value);
+    damage = fma(Vec::zero(), value, damage);
+  }
+  Dot::Input* values = to.values + row * to.stride;
+  if (sum_of_lanes(damage) != 0.0f) {
+    for (int64_t i = 0; i < size; i += Vec::kWidth) Dot::store_inputs(Vec::zero(), Vec::zero(), values + i);
+    to.scale[row] = __builtin_nanf("");
+    to.zero_point[row] = 0;
+    return;
+  }
+  const float lowest = -max_of_lanes(Vec::zero() - low);
+  const float range = (max_of_lanes(high) - lowest) / 255.0f;
+  const float scale = range > kMinScale ? range : kMinScale;
+  const float inverse = 1.0f / scale;
+  // The zero point is rounded as the inputs are.
+  const Vec zero_point = round(Vec::broadcast(-lowest * inverse));
+  const Vec least = Vec::zero() - zero_point;
+  const Vec most = Vec::broadcast(255.0f) - zero_point;
+  const Vec factor = Vec::broadcast(inverse);
+  for (int64_t i = 0; i < size; i += Vec::kWidth)
+    Dot::store_inputs(max(min(round(load(i) * factor), most), least), zero_point, values + i);
+  to.scale[row] = scale;
+  to.zero_point[row] = static_cast<int32_t>(first_lane(zero_point));
+}
+
+constexpr int64_t kQuantizedTileColumns = 2 * Dot::kColumns;
+constexpr int kQuantizedPasses = kPanelWidth / kQuantizedTileColumns;
+
+// tile [kRows, kQuantizedTileColumns] = the product, as floats.
+//   values, row_scale, zero_point: of the first row; weight: the first kQuantizedTileColumns columns of
+//   [groups, kPanelWidth, kGroup]; scale and column_sums: of these columns.
+template <int kRows>
+void multiply_quantized_pass(const QuantizedRows& rows,
+                             int64_t first_row,
+                             const int8_t* weight,
+                             const float* scale,
+                             const int32_t* column_sums,
+                             int64_t groups,
+                             float* tile,
+                             Prefetch ahead) {
+  // Pointers as in multiply_pass.
+  constexpr int kPointers = (kRows + 2) / 3;
+  const int64_t stride = rows.stride;
+  const Dot::Input* pointer[kPointers];
+  for (int i = 0; i < kPointers; ++i) pointer[i] = rows.values + (first_row + 3 * i) * stride;
+
+  Dot sum[kRows][2];
+  PACKEDBERT_UNROLL
+  for (int row = 0; row < kRows; ++row) {
+    const int32_t zero_point = rows.zero_point[first_row + row];
+    sum[row][0] = Dot::start(zero_point, column_sums);
+    sum[row][1] = Dot::start(zero_point, column_sums + Dot::kColumns);
+  }
+  const auto multiply_group = [&]() PACKEDBERT_INLINE_LAMBDA {
+    if constexpr (kNearPrefetch > 0) __builtin_prefetch(weight + kNearPrefetch * kPanelWidth * kGroup, 0, 3);
+    const Dot::Weights weight0 = Dot::load(weight);
+    const Dot::Weights weight1 = Dot::load(weight + Dot::kColumns * kGroup);
+    PACKEDBERT_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      const Dot::Inputs x = Dot::broadcast(pointer[row / 3] + (row % 3) * stride);
+      sum[row][0].add(x, weight0);
+      sum[row][1].add(x, weight1);
+    }
+    PACKEDBERT_UNROLL
+    for (int i = 0; i < kPointers; ++i) pointer[i] += kGroup;
+    weight += kPanelWidth * kGroup;
+  };
+  int64_t group = 0;
+  for (; group + kQuantizedPasses <= groups; group += kQuantizedPasses) {
+    __builtin_prefetch(ahead.from, 0, 2);
+    ahead.from += ahead.bytes;
+    PACKEDBERT_UNROLL
+    for (int i = 0; i < kQuantizedPasses; ++i) multiply_group();
+  }
+  for (; group < groups; ++group) multiply_group();
+
+  PACKEDBERT_UNROLL
+  for (int row = 0; row < kRows; ++row) {
+    int32_t integers[kQuantizedTileColumns];
+    Dot::store(sum[row][0], sum[row][1], integers);
+    const Vec row_scale = Vec::broadcast(rows.scale[first_row + row]);
+    for (int64_t i = 0; i < kQuantizedTileColumns; i += Vec::kWidth) {
+      (Vec::load_integers(integers + i) * (row_scale * Vec::load(scale + i)))
+          .store(tile + row * kPanelWidth + i);
+    }
+  }
+}
+
+template <int kRows>
+PACKEDBERT_INLINE void multiply_quantized_pass_of(int64_t count,
+                                                  const QuantizedRows& rows,
+                                                  int64_t first_row,
+                                                  const int8_t* weight,
+                                                  const float* scale,
+                                                  const int32_t* column_sums,
+                                                  int64_t groups,
+                                                  float* tile,
+                                                  Prefetch ahead) {
+  if constexpr (kRows > 1) {
+    if (count < kRows) {
+      return multiply_quantized_pass_of<kRows - 1>(count, rows, first_row, weight, scale, column_sums, groups,
+                                                   tile, ahead);
+    }
+  }
+  multiply_quantized_pass<kRows>(rows, first_row, weight, scale, column_sums, groups, tile, ahead);
+}
+
+// tile [count, kPanelWidth] = rows [first_row, first_row + count), count <= kTileRows, times a panel of the
+// quantised `weight`, of which `columns` are wanted.
+inline void multiply_quantized_tile(const QuantizedRows& rows,
+                                    int64_t first_row,
+                                    int64_t count,
+                                    const Matrix& weight,
+                                    int64_t panel,
+                                    int64_t columns,
+                                    float* tile,
+                                    Prefetch ahead) {
+  const int64_t groups = group_count(weight.in_features);
+  const int8_t* values = weight.values() + panel * quantized_panel_size(weight.in_features);
+  for (int64_t column = 0; column < columns; column += kQuantizedTileColumns) {
+    const int64_t at = panel * kPanelWidth + column;
+    multiply_quantized_pass_of<kTileRows>(count, rows, first_row, values + column * kGroup,
+                                          weight.scale() + at, weight.column_sums() + at, groups,
+                                          tile + column, ahead);
+    ahead.from += groups / kQuantizedPasses * ahead.bytes;
+  }
+}
