@@ -19,6 +19,8 @@ KEPT_ROWS, KEPT_OF_BATCH = 256, 64
 
 _TEXTS_AT_ONCE = 8
 
+_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
+
 
 def calibrate(
     model: nn.Module,
@@ -55,9 +57,7 @@ def calibrate(
         for batch in _batches(data, tokenizer, max_length):
             for name, bert in berts.items():
                 with torch.inference_mode(), observers[name]:
-                    bert(
-                        **{key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
-                    )
+                    bert(**{key: batch[key] for key in _ARGUMENTS if key in batch})
         return {name: observer.result() for name, observer in observers.items()}
     finally:
         if stock:
@@ -112,7 +112,7 @@ class _Observer:
         self.rows: dict[str, list[Tensor]] = defaultdict(list)
 
     def __enter__(self) -> None:
-        self.encoder.forward = self._forward  # type: ignore[method-assign]
+        self.encoder.forward = self._forward  # type: ignore[method-assign, assignment]
 
     def __exit__(self, *_: object) -> None:
         del self.encoder.forward

@@ -86,7 +86,7 @@ class PackedBertConfig(QuantizationConfigMixin):
         layers = None
         if self.layers is not None:
             layers = [{"heads": list(layer.heads), "ffn_width": layer.ffn_width} for layer in self.layers]
-        stored = {"quant_method": self.quant_method, "layers": layers}
+        stored: dict[str, Any] = {"quant_method": self.quant_method, "layers": layers}
         if self.precision != "fp32":
             stored["precision"] = self.precision
         if self.precision == "int8":

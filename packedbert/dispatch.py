@@ -57,7 +57,7 @@ NATIVE, NATIVE_ERROR = _load_native()
 
 
 def cpu_isa() -> str:
-    """The instruction set that the native CPU kernels use, e.g. "avx512_vnni" (`_C.available_isas()`); "none" without them."""
+    """The instruction set that the native CPU kernels use: a name of `_C.available_isas()`, or "none" without them."""
     return NATIVE.isa() if NATIVE is not None else "none"
 
 

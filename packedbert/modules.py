@@ -151,7 +151,7 @@ class PackedLayer(nn.Module):
         tensors: list[Tensor] = []
         for part in self.children():
             assert isinstance(part, WeightAndBias)
-            weight = part.weight
+            weight: Tensor = part.weight
             if isinstance(part, PrepackedLinear | QuantizedLinear):
                 weight = part.float_weight() if floating else part.reference_weight()
             tensors += (weight, part.bias)
@@ -201,7 +201,7 @@ class PackedEncoder(nn.Module):
         return {f"{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.layer) for name in MATRICES}
 
     def precisions(self) -> list[tuple[str, ...]]:
-        """What each layer's matrices are stored in, in the order of `MATRICES`: of config.PRECISIONS, or a dtype's name."""
+        """What each layer's `MATRICES` are stored in: of config.PRECISIONS, or a dtype's name."""
 
         def name(part: nn.Module) -> str:
             if isinstance(part, QuantizedLinear):

@@ -526,7 +526,7 @@ def test_impossible_choices(monkeypatch):
         packedbert.patch_model(model, backend="cpu")
     with pytest.raises(ValueError, match=r"backend: expected one of auto, cpu, reference, got 'cuda:0'"):
         packedbert.patch_model(model, backend="cuda:0")
-    with pytest.raises(TypeError, match="expected backend, precision, .*, got bakend"):
+    with pytest.raises(TypeError, match=r"expected backend, precision, .*, got bakend"):
         packedbert.patch_model(model, bakend="cpu")
     monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "tpu")
     with pytest.raises(ValueError, match="PACKEDBERT_BACKEND: expected one of"):

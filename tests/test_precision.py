@@ -244,7 +244,8 @@ def test_texts_need_a_tokenizer(calibration):
 
     def tokenizer(*columns, **options):
         assert options["max_length"] == 12
-        rows = [[words.setdefault(word, 5 + len(words)) for word in " ".join(row).split()] for row in zip(*columns)]
+        texts = [" ".join(row) for row in zip(*columns, strict=True)]
+        rows = [[words.setdefault(word, 5 + len(words)) for word in text.split()] for text in texts]
         length = max(map(len, rows))
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         return {"input_ids": ids, "attention_mask": (ids != 0).long()}
