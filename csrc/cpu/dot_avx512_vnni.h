@@ -29,6 +29,6 @@ struct Dot {
   }
   static PACKEDBERT_INLINE void store_inputs(Vec x, Vec zero_point, Input* to) {
     const __m512i integers = _mm512_cvtps_epi32((x + zero_point).value);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(integers));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(integers));
   }
 };
