@@ -99,7 +99,7 @@ def _batches(
 
 
 class _Observer:
-    """While entered, an encoder runs layer by layer in plain PyTorch, and the inputs of its matrices are noted."""
+    """While entered, an encoder runs layer by layer in float32, and the inputs of its matrices are noted."""
 
     def __init__(self, encoder: PackedEncoder) -> None:
         if any("int8" in layer for layer in encoder.precisions()):
@@ -107,7 +107,10 @@ class _Observer:
                 "calibrate: expected a model in a floating precision, got one in int8: its original is needed"
             )
         self.encoder = encoder
-        self.weights = encoder.weights()
+        # PyTorch's own product compiles anew for every number of tokens, which takes longer than to run it.
+        self.weights = [
+            ops.prepack_linear(weight.float()) if weight.dim() == 2 else weight.float() for weight in encoder.weights()
+        ]
         self.largest: dict[str, Tensor] = {}
         self.rows: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -123,11 +126,11 @@ class _Observer:
         names = (f"{layer}.{name}" for layer in itertools.count() for name in reference.MATRICES)
 
         def linear(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            self._note(next(names), input.float())
-            return reference.packed_linear(input, *args, **kwargs)
+            self._note(next(names), input)
+            return ops.packed_linear(input, *args, **kwargs)
 
         output = ops.run_layers(
-            hidden_states,
+            hidden_states.float(),
             None if attention_mask is None else attention_mask != 0,
             self.weights,
             [len(layer.heads) for layer in structure.layers],
@@ -136,7 +139,7 @@ class _Observer:
             structure.eps,
             linear,
         )
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output.to(hidden_states.dtype))
 
     def _note(self, name: str, rows: Tensor) -> None:
         if not len(rows):
