@@ -9,6 +9,7 @@ those of all other peers, whose weights have driven its own out of the caches, a
 from __future__ import annotations
 
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from packedbert import bench
 DENSE_EVERYWHERE = ("packedbert", "PyTorch eager")
 
 #: Seconds that a peer is timed for in a cell, and the fewest and most turns.
-BUDGET, LEAST, MOST = 2.0, 3, 30
+BUDGET, LEAST, MOST = 1.5, 3, 30
 
 #: Largest difference from PyTorch eager that a peer's logits may have, as a multiple of their spread.
 TOLERANCE = {"fp32": 1e-4, "int8": 0.5}
@@ -58,31 +59,37 @@ def build(model: nn.Module, peers: Sequence[Peer]) -> dict[Peer, Runner]:
     return runners
 
 
-def check(runners: dict[Peer, Runner], expected: Tensor, data: tuple[Tensor, Tensor]) -> dict[Peer, float]:
+def check(
+    runners: dict[Peer, Runner], expected: Tensor, data: tuple[Tensor, Tensor]
+) -> tuple[dict[Peer, float], float]:
     """Every peer has to give the answers before its time counts; one that doesn't is named and left out.
 
-    Returns: the largest difference of the logits from eager PyTorch's, in units of their spread, of those that do.
+    Returns: the largest difference of the logits from eager PyTorch's, in units of their spread, of those that do;
+    and the seconds that the slowest of them took.
 
     Raises:
         SystemExit: packedbert doesn't.
     """
-    errors = {}
+    errors, slowest = {}, 0.0
     for peer, run in runners.items():
-        error = (run(*data) - expected).abs().max().item() / expected.std().item()
+        start = time.perf_counter()
+        logits = run(*data)
+        seconds = time.perf_counter() - start
+        error = (logits - expected).abs().max().item() / expected.std().item()
         if error <= TOLERANCE[peer.precision]:
-            errors[peer] = error
+            errors[peer], slowest = error, max(slowest, seconds)
             continue
         wrong = f"{peer.name} ({peer.precision}) is wrong: its logits are off by {error:.3g} of their spread"
         if peer.ours:
             raise SystemExit(wrong)
         record.console.print(f"left out at {tuple(data[0].shape)}: {wrong}")
-    return errors
+    return errors, slowest
 
 
 def measure(
-    runners: dict[Peer, Runner], data: list[tuple[Tensor, Tensor]]
+    runners: dict[Peer, Runner], data: list[tuple[Tensor, Tensor]], slowest: float
 ) -> tuple[dict[tuple[Peer, str], list[float]], float]:
-    """Seconds of each peer, cold and hot, and the median sgemm rate between them."""
+    """Seconds of each peer, cold and hot, and the median sgemm rate between them; `slowest` is a call's, about."""
 
     def call(run: Runner, ahead: int) -> Callable[[int], object]:
         return lambda index: run(*data[(index + ahead) % len(data)])
@@ -90,8 +97,7 @@ def measure(
     calls: dict[Any, Callable[[int], object]] = {"sgemm": machine.Sgemm()}
     for peer, run in runners.items():
         calls[peer, "cold"], calls[peer, "hot"] = call(run, 0), call(run, 1)
-    trial = bench.interleaved(calls, 1, warmup=0)  # check() has run every peer at this shape
-    rounds = max(LEAST, min(MOST, int(BUDGET / max(seconds for (seconds,) in trial.values()))))
+    rounds = max(LEAST, min(MOST, int(BUDGET / slowest)))
     times: dict[Any, list[float]] = bench.interleaved(calls, rounds, warmup=0)
     return times, machine.Sgemm.FLOPS / statistics.median(times.pop("sgemm"))
 
@@ -103,8 +109,8 @@ def rows(
     for batch, length in cells:
         data = batches(batch, length, structure.vocab_size)
         eager = next(run for peer, run in runners.items() if peer.name == "PyTorch eager")
-        errors = check(runners, eager(*data[0]), data[0])
-        times, rate = measure({peer: runners[peer] for peer in errors}, data)
+        errors, slowest = check(runners, eager(*data[0]), data[0])
+        times, rate = measure({peer: runners[peer] for peer in errors}, data, slowest)
         flops = structure.flops(batch, length)
         for (peer, cache), seconds in times.items():
             yield {

@@ -24,7 +24,7 @@ from packedbert import bench
 from packedbert.bench import Structure
 
 #: Seconds that each point is timed for, and the fewest and most calls.
-BUDGET, LEAST, MOST = 1.5, 3, 30
+BUDGET, LEAST, MOST = 1.0, 3, 30
 
 OURS, EAGER, DENSE = "packedbert", "PyTorch eager", "PyTorch eager, dense"
 

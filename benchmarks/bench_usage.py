@@ -135,8 +135,8 @@ def over_fma_limit(isa: str, run: Any, structure: Structure, cell: tuple[int, in
     native = dispatch.NATIVE
     if native is None or isa not in native.available_isas():
         return None
-    peak = machine.fma_peak(isa, torch.get_num_threads())
-    if peak is None:
+    peaks = machine.register_peaks(isa, torch.get_num_threads())
+    if peaks is None:
         return None
     before, batch = native.isa(), bench.random_batch(structure, *cell)
     native.set_isa(isa)
@@ -144,7 +144,7 @@ def over_fma_limit(isa: str, run: Any, structure: Structure, cell: tuple[int, in
         times = bench.interleaved({"run": lambda _: run(**batch)}, rounds)["run"]
     finally:
         native.set_isa(before)
-    return statistics.median(times) * peak / structure.flops(*cell)
+    return statistics.median(times) * peaks[0] / structure.flops(*cell)
 
 
 def differing_calls(run: Any, structure: Structure, callers: int, calls: int = 6) -> int:

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and what that machine can do at best: its sgemm rate, its FMA peak, its bandwidth."""
+"""What a benchmark ran on, and what that machine can do at best: sgemm, float and int8 arithmetic, bandwidth."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ class Machine:
 
     Attributes:
         names: processor, threads, instruction set, date, versions.
-        fma_flops: FLOP/s of multiply-adds on registers alone, on all threads; None where there is no compiler.
+        peaks: FLOP/s of multiply-adds in float32, and op/s of int8 products, on registers alone and on all threads;
+            None where there is no compiler.
         copy_bytes: bytes/s of a copy in memory, read and written.
     """
 
     names: dict[str, str]
-    fma_flops: float | None
+    peaks: tuple[float, float] | None
     copy_bytes: float
 
     @classmethod
@@ -61,12 +62,12 @@ class Machine:
             **{package: version(package) for package in PACKAGES},
             "packedbert": packedbert.__version__,
         }
-        return cls(names, fma_peak(names["isa"], threads), bandwidth())
+        return cls(names, register_peaks(names["isa"], threads), bandwidth())
 
     def columns(self) -> dict[str, str]:
         """One column of a CSV each."""
-        peak = "" if self.fma_flops is None else f"{self.fma_flops / 1e9:.1f}"
-        return {**self.names, "fma_gflops": peak, "copy_gb_s": f"{self.copy_bytes / 1e9:.1f}"}
+        fma, int8 = ("", "") if self.peaks is None else (f"{peak / 1e9:.1f}" for peak in self.peaks)
+        return {**self.names, "fma_gflops": fma, "int8_gops": int8, "copy_gb_s": f"{self.copy_bytes / 1e9:.1f}"}
 
 
 def version(package: str) -> str:
@@ -100,15 +101,24 @@ def bandwidth(runs: int = 9) -> float:
     return 2 * source.numel() * source.element_size() / statistics.median(seconds)
 
 
-def fma_peak(isa: str, threads: int) -> float | None:
-    """FLOP/s of a loop of fused multiply-adds on registers alone; None without g++, or without vectors."""
+#: How to compile for an instruction set.
+_FLAGS = {
+    "avx2": ("-mavx2", "-mfma"),
+    "avx2_vnni": ("-mavx2", "-mfma", "-mavxvnni"),
+    "avx512": ("-mavx512f", "-mavx512bw"),
+    "avx512_vnni": ("-mavx512f", "-mavx512bw", "-mavx512vnni"),
+}
+
+
+def register_peaks(isa: str, threads: int) -> tuple[float, float] | None:
+    """FLOP/s of float32 and op/s of int8 on registers alone; None without g++, or without vectors."""
     compiler = shutil.which("g++")
-    flags = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f"]}.get(isa)
-    if compiler is None or flags is None:
+    if compiler is None or isa not in _FLAGS:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "fma_peak"
-        source = Path(__file__).with_name("fma_peak.cpp")
-        subprocess.run([compiler, "-O2", "-std=c++20", "-pthread", *flags, source, "-o", program], check=True)
+        program = Path(folder) / "peaks"
+        source = Path(__file__).with_name("peaks.cpp")
+        subprocess.run([compiler, "-O3", "-std=c++20", "-pthread", *_FLAGS[isa], source, "-o", program], check=True)
         run = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
-    return float(run.stdout)
+    fma, int8 = map(float, run.stdout.split())
+    return fma, int8

@@ -83,11 +83,16 @@ def compiled(model: nn.Module) -> Runner:
     return torch_runner(torch.compile(copy.deepcopy(model), dynamic=False))
 
 
-def ours(model: nn.Module) -> Runner:
+def ours(model: nn.Module, precision: str = "fp32") -> Runner:
     """packedbert.patch_model."""
     import packedbert
 
-    return torch_runner(packedbert.patch_model(copy.deepcopy(model), keep_original=False))
+    return torch_runner(packedbert.patch_model(copy.deepcopy(model), precision=precision, keep_original=False))
+
+
+def ours_int8(model: nn.Module) -> Runner:
+    """The same in int8, without calibration."""
+    return ours(model, "int8")
 
 
 class TwoInputs(nn.Module):
@@ -270,6 +275,7 @@ PEERS = (
     Peer("torch.compile", "fp32", compiled),
     Peer("ONNX Runtime", "fp32", onnxruntime_fp32),
     Peer("OpenVINO", "fp32", openvino_fp32),
+    Peer("packedbert", "int8", ours_int8, ours=True),
     Peer("ONNX Runtime", "int8", onnxruntime_int8),
     Peer("OpenVINO (NNCF)", "int8", openvino_int8),
 )

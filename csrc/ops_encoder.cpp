@@ -41,8 +41,24 @@ std::vector<int64_t> take_bounds(const Tensor& cu_seqlens, int64_t tokens) {
   return bounds;
 }
 
-Tensor pruned_attention_cpu(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads) {
+// Whether products of attention are in int8.
+bool parse_precision(const char* op, const char* argument, const std::string& name, int64_t head_size) {
+  if (name == "fp32") return false;
+  if (name != "int8") fail(op, argument, "one of 'fp32', 'int8'", "'" + name + "'");
+  if (head_size > cpu::kMaxQuantizedHead) {
+    fail(op, argument,
+         "'fp32' with heads of more than " + std::to_string(cpu::kMaxQuantizedHead) + " dimensions",
+         "'int8' with " + std::to_string(head_size));
+  }
+  return true;
+}
+
+Tensor pruned_attention_cpu(const Tensor& qkv,
+                            const Tensor& cu_seqlens,
+                            int64_t num_heads,
+                            StringHandle precision_handle) {
   const char* op = kPrunedAttention;
+  const std::string precision = take_string(precision_handle);
   check_float32(op, "qkv", qkv);
   if (num_heads < 0) fail(op, "num_heads", "0 or more", std::to_string(num_heads));
   const int64_t row = qkv.dim() == 2 ? qkv.size(1) : -1;
@@ -53,14 +69,18 @@ Tensor pruned_attention_cpu(const Tensor& qkv, const Tensor& cu_seqlens, int64_t
   const int64_t tokens = qkv.size(0);
   const cpu::RaggedBatch batch(take_bounds(cu_seqlens, tokens));
   const cpu::Heads heads{num_heads, num_heads == 0 ? 0 : row / (3 * num_heads)};
+  const bool quantized = parse_precision(op, "precision", precision, heads.size);
   const Tensor input = qkv.is_contiguous() ? qkv : torch::stable::contiguous(qkv);
-  Tensor keys = torch::stable::new_empty(qkv, Shape{cpu::keys_size(batch.view(), heads)});
-  Tensor values = torch::stable::new_empty(qkv, Shape{cpu::values_size(batch.view(), heads)});
+  const int64_t of_keys =
+      quantized ? cpu::quantized_keys_values_size(batch.view(), heads) : cpu::keys_size(batch.view(), heads);
+  Tensor keys = torch::stable::new_empty(qkv, Shape{of_keys});
+  Tensor values = torch::stable::new_empty(qkv, Shape{quantized ? 0 : cpu::values_size(batch.view(), heads)});
   Tensor output = torch::stable::new_empty(qkv, Shape{tokens, heads.width()});
   cpu::pruned_attention(
       {
           .batch = batch.view(),
           .heads = heads,
+          .quantized = quantized,
           .qkv = input.const_data_ptr<float>(),
           .keys = keys.mutable_data_ptr<float>(),
           .values = values.mutable_data_ptr<float>(),
@@ -121,7 +141,8 @@ struct WeightReader {
 
 std::vector<cpu::EncoderLayer> take_layers(const std::vector<Tensor>& weights,
                                            const std::vector<int64_t>& num_heads,
-                                           int64_t hidden) {
+                                           int64_t hidden,
+                                           const std::string& attention) {
   if (weights.size() != kTensorsOfALayer * num_heads.size()) {
     fail(kEncoder, "weights",
          std::to_string(kTensorsOfALayer * num_heads.size()) + " tensors for " +
@@ -141,6 +162,9 @@ std::vector<cpu::EncoderLayer> take_layers(const std::vector<Tensor>& weights,
     const int64_t width = read.peek(7);
     layers.push_back({
         .heads = heads,
+        // A layer whose projections are not quantised was found to need float.
+        .quantized_attention = parse_precision(kEncoder, "attention", attention, heads.size) &&
+                               weights[read.at].scalar_type() == ScalarType::Char,
         .qkv_weight = read.matrix(qkv, hidden),
         .qkv_bias = read.vector(qkv),
         .attention_output_weight = read.matrix(hidden, heads.width()),
@@ -164,10 +188,12 @@ Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
                              const std::vector<int64_t>& num_heads,
                              StringHandle activation_handle,
                              StringHandle norm_handle,
-                             double eps) {
+                             double eps,
+                             StringHandle attention_handle) {
   const char* op = kEncoder;
   const std::string activation_name = take_string(activation_handle);
   const std::string norm_name = take_string(norm_handle);
+  const std::string attention = take_string(attention_handle);
   check_float32(op, "hidden_states", hidden_states);
   if (hidden_states.dim() != 3) {
     fail(op, "hidden_states", "[batch, length, hidden_size]", to_string(shape_of(hidden_states)));
@@ -175,7 +201,7 @@ Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
   const int64_t sequences = hidden_states.size(0);
   const int64_t length = hidden_states.size(1);
   const int64_t hidden = hidden_states.size(2);
-  const std::vector<cpu::EncoderLayer> layers = take_layers(weights, num_heads, hidden);
+  const std::vector<cpu::EncoderLayer> layers = take_layers(weights, num_heads, hidden, attention);
   const Tensor input =
       hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
 

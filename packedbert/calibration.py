@@ -137,6 +137,7 @@ class _Observer:
             structure.activation,
             structure.norm,
             structure.eps,
+            "fp32",
             linear,
         )
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output.to(hidden_states.dtype))

@@ -7,7 +7,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import dispatch
 from .quantization import Calibration
-from .reference import MATRICES
+from .reference import ATTENTIONS, MATRICES
 from .structure import LayerStructure
 
 #: How config.json names a checkpoint that packedbert wrote.
@@ -32,6 +32,8 @@ class PackedBertConfig(QuantizationConfigMixin):
         skip: matrices that "int8" leaves in float32: layers by number (3), matrices by name ("3.down"; the others are
             qkv, attention_output, up), or "auto" for those whose outputs are off by more than
             `quantization.MAX_ERROR` on the calibration's data.
+        attention: what attention's two products are computed in: "int8" or "fp32". None: int8 with precision="int8", in
+            every layer whose qkv is in int8.
         calibration: from `packedbert.calibrate`: smooths outliers ("int8" works without, less exactly).
         keep_original: patch_model keeps the original encoder, so that unpatch_model can bring it back bit for bit;
             False frees it. A loaded model has no original to keep.
@@ -47,7 +49,7 @@ class PackedBertConfig(QuantizationConfigMixin):
     """
 
     #: What `replace` may change, and with it patch_model's overrides.
-    _CHOICES = ("backend", "precision", "skip", "calibration", "keep_original", "release_weights")
+    _CHOICES = ("backend", "precision", "skip", "attention", "calibration", "keep_original", "release_weights")
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class PackedBertConfig(QuantizationConfigMixin):
         *,
         precision: str = "fp32",
         skip: str | Sequence[int | str] = (),
+        attention: str | None = None,
         calibration: Calibration | None = None,
         keep_original: bool = True,
         release_weights: bool = False,
@@ -67,6 +70,7 @@ class PackedBertConfig(QuantizationConfigMixin):
         self.backend = backend
         self.precision = precision
         self.skip = skip if skip == "auto" else tuple(map(_skipped, [skip] if isinstance(skip, (int, str)) else skip))
+        self.attention = attention
         self.calibration = calibration
         self.keep_original = keep_original
         self.release_weights = release_weights
@@ -74,8 +78,13 @@ class PackedBertConfig(QuantizationConfigMixin):
         dispatch.requested(backend)
         if precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-        if precision != "int8" and (self.skip or calibration is not None):
-            raise ValueError(f"skip and calibration: expected with precision='int8' only, got precision={precision!r}")
+        if attention not in (None, *ATTENTIONS):
+            raise ValueError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        if precision != "int8" and (self.skip or calibration is not None or attention == "int8"):
+            raise ValueError(
+                "skip, calibration and attention='int8': expected with precision='int8' only, "
+                f"got precision={precision!r}"
+            )
         if skip == "auto" and calibration is None:
             raise ValueError(
                 "skip='auto': expected a calibration to measure errors on (packedbert.calibrate), got None"
@@ -91,7 +100,12 @@ class PackedBertConfig(QuantizationConfigMixin):
             stored["precision"] = self.precision
         if self.precision == "int8":
             stored["skip"] = list(self.skip)
+            stored["attention"] = self.resolved_attention()
         return stored
+
+    def resolved_attention(self) -> str:
+        """What attention is computed in, of `reference.ATTENTIONS`."""
+        return self.attention or ("int8" if self.precision == "int8" else "fp32")
 
     def replace(self, **changes: Any) -> "PackedBertConfig":
         """A copy with some fields changed.

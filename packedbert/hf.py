@@ -141,6 +141,8 @@ def load(
             f"precision: expected a checkpoint that is not packed to make {config.precision} of, or one that is packed "
             f"so, got one packed in {packed_as.precision}; load it, unpacked, from the original checkpoint"
         )
+    if config.attention is not None:
+        encoder.attention = config.attention
     if encoder.backend != config.backend:
         encoder.backend = config.backend
         leave_report(model, encoder, None, model.packedbert_report.parameters_before)

@@ -183,6 +183,7 @@ class PackedEncoder(nn.Module):
         super().__init__()
         self.structure = structure
         self.backend = config.backend
+        self.attention = config.resolved_attention()
         self.layer = nn.ModuleList(PackedLayer(w) for w in layers or _empty_layers(structure))
         self._num_heads = [len(layer.heads) for layer in structure.layers]
         self._cache = ops.PrepackCache()
@@ -299,7 +300,7 @@ class PackedEncoder(nn.Module):
         per_query_mask = attention_mask is not None and attention_mask.dim() > 2
         settings = (self._num_heads, s.activation, s.norm, s.eps)
         if gradient or per_query_mask or all_hidden_states is not None or attentions is not None:
-            # Rounding has no gradient: there int8 weights are taken as the floats that they stand for.
+            # Attention is in float here. Rounding has no gradient: there int8 weights are the floats they stand for.
             output = reference.encoder(
                 hidden_states,
                 attention_mask,
@@ -309,12 +310,14 @@ class PackedEncoder(nn.Module):
                 attentions=attentions,
             )
         elif not self._prepacked:
-            output = ops.encoder(hidden_states, attention_mask, stored, *settings, self.backend, self._cache.key)
+            output = ops.encoder(
+                hidden_states, attention_mask, stored, *settings, self.attention, self.backend, self._cache.key
+            )
         elif self._native and hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32:
             mask = None if attention_mask is None else attention_mask != 0
-            output = ops.encoder_prepacked(hidden_states, mask, stored, *settings)
+            output = ops.encoder_prepacked(hidden_states, mask, stored, *settings, self.attention)
         else:
-            output = ops.encoder(hidden_states, attention_mask, self.weights(), *settings, self.backend)
+            output = ops.encoder(hidden_states, attention_mask, self.weights(), *settings, self.attention, self.backend)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
 
 

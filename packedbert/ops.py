@@ -32,14 +32,14 @@ _SCHEMAS.define(
     "packed_linear(Tensor input, Tensor weight, Tensor bias, str activation, Tensor? residual, str norm, "
     "Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor"
 )
-_SCHEMAS.define("pruned_attention(Tensor qkv, Tensor cu_seqlens, int num_heads) -> Tensor")
+_SCHEMAS.define("pruned_attention(Tensor qkv, Tensor cu_seqlens, int num_heads, str precision) -> Tensor")
 _SCHEMAS.define(
     "encoder_prepacked(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
-    "str activation, str norm, float eps) -> Tensor"
+    "str activation, str norm, float eps, str attention) -> Tensor"
 )
 _SCHEMAS.define(
     "encoder(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
-    "str activation, str norm, float eps, str backend, int cache) -> Tensor"
+    "str activation, str norm, float eps, str attention, str backend, int cache) -> Tensor"
 )
 
 
@@ -191,8 +191,9 @@ def packed_linear(
 # ---------------------------------------------------------------------------------------- pruned_attention
 
 
-def _pruned_attention_check(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> None:
+def _pruned_attention_check(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, precision: str) -> None:
     op = "pruned_attention"
+    _check(precision in reference.ATTENTIONS, op, "precision", f"one of {', '.join(reference.ATTENTIONS)}", precision)
     _check(num_heads >= 0, op, "num_heads", "0 or more", num_heads)
     _check(
         qkv.dim() == 2 and (qkv.shape[1] % (3 * num_heads) == 0 if num_heads else qkv.shape[1] == 0),
@@ -205,33 +206,35 @@ def _pruned_attention_check(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> 
     _check(cu_seqlens.dtype == torch.int32, op, "cu_seqlens", "torch.int32", cu_seqlens.dtype)
 
 
-def _pruned_attention_default(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> Tensor:
-    _pruned_attention_check(qkv, cu_seqlens, num_heads)
+def _pruned_attention_default(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, precision: str) -> Tensor:
+    _pruned_attention_check(qkv, cu_seqlens, num_heads, precision)
     bounds = cu_seqlens.tolist()
     sound = bounds[0] == 0 and bounds[-1] == qkv.shape[0] and bounds == sorted(bounds)
     _check(sound, "pruned_attention", "cu_seqlens", f"ascending from 0 to {qkv.shape[0]}, the tokens of qkv", bounds)
-    return reference.pruned_attention(qkv, cu_seqlens, num_heads).contiguous()
+    return reference.pruned_attention(qkv, cu_seqlens, num_heads, precision).contiguous()
 
 
-def _pruned_attention_fake(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> Tensor:
-    _pruned_attention_check(qkv, cu_seqlens, num_heads)
+def _pruned_attention_fake(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, precision: str) -> Tensor:
+    _pruned_attention_check(qkv, cu_seqlens, num_heads, precision)
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
 
 
-def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> Tensor:
+def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, precision: str = "fp32") -> Tensor:
     """softmax(q k^T / sqrt(head_size)) v over the heads that are left, within each sequence of a ragged batch.
 
     Args:
         qkv: [tokens, 3 * num_heads * head_size]: no padded token is in it. float32 on a CPU with the native library.
         cu_seqlens: int32 [batch + 1], ascending from 0 to tokens; a sequence may be empty.
         num_heads: heads left; may be 0.
+        precision: of the two products: "fp32", or "int8" as `quantization.quantized_attention` does it (on a CPU with
+            the native library, heads of at most 512 dimensions).
 
     Returns: [tokens, num_heads * head_size], a new tensor.
 
     Raises:
         ValueError, RuntimeError: a shape, dtype or cu_seqlens that does not fit.
     """
-    return torch.ops.packedbert.pruned_attention(qkv, cu_seqlens, num_heads)
+    return torch.ops.packedbert.pruned_attention(qkv, cu_seqlens, num_heads, precision)
 
 
 # ------------------------------------------------------------------------------------- cache of prepacked weights
@@ -322,6 +325,7 @@ def run_layers(
     activation: str,
     norm: str,
     eps: float,
+    attention: str,
     linear: Callable[..., Tensor],
 ) -> Tensor:
     """The encoder layer by layer on the real tokens; `mask` is bool, `weights` in the layout that `linear` takes."""
@@ -335,9 +339,11 @@ def run_layers(
     x = tokens.clone() if dense else tokens[real]
 
     for heads, w in zip(num_heads, reference.split_layers(weights), strict=True):
+        # A layer whose projections are not quantized was found to need float.
+        quantized = attention == "int8" and w.qkv_weight.dtype == torch.int8
 
-        def attend(qkv: Tensor, heads: int = heads) -> Tensor:
-            return reference.pruned_attention(qkv, cu_seqlens, heads)
+        def attend(qkv: Tensor, heads: int = heads, precision: str = "int8" if quantized else "fp32") -> Tensor:
+            return reference.pruned_attention(qkv, cu_seqlens, heads, precision)
 
         x = reference.layer(x, w, attend, activation, norm, eps, linear)
 
@@ -354,9 +360,12 @@ def _encoder_prepacked_default(
     activation: str,
     norm: str,
     eps: float,
+    attention: str,
 ) -> Tensor:
     _encoder_check("encoder_prepacked", hidden_states, attention_mask, weights, num_heads)
-    return run_layers(hidden_states, attention_mask, weights, num_heads, activation, norm, eps, packed_linear)
+    return run_layers(
+        hidden_states, attention_mask, weights, num_heads, activation, norm, eps, attention, packed_linear
+    )
 
 
 def _encoder_prepacked_fake(
@@ -367,6 +376,7 @@ def _encoder_prepacked_fake(
     activation: str,
     norm: str,
     eps: float,
+    attention: str,
 ) -> Tensor:
     _encoder_check("encoder_prepacked", hidden_states, attention_mask, weights, num_heads)
     return hidden_states.new_empty(hidden_states.shape)
@@ -380,6 +390,7 @@ def encoder_prepacked(
     activation: str,
     norm: str,
     eps: float,
+    attention: str = "fp32",
 ) -> Tensor:
     """`encoder` with weights that are prepacked already; one native call on the CPU.
 
@@ -392,6 +403,8 @@ def encoder_prepacked(
         activation: of the FFN, as in `packed_linear`.
         norm: after each residual, as in `packed_linear`.
         eps: of LayerNorm.
+        attention: "fp32", or "int8": its products are quantized in layers whose qkv weight is, as `pruned_attention`
+            does it.
 
     Returns: [batch, length, hidden_size], a new tensor; 0 at padded positions.
 
@@ -399,7 +412,7 @@ def encoder_prepacked(
         ValueError, RuntimeError: shapes or dtypes that do not agree, an unknown activation or norm.
     """
     return torch.ops.packedbert.encoder_prepacked(
-        hidden_states, attention_mask, weights, num_heads, activation, norm, eps
+        hidden_states, attention_mask, weights, num_heads, activation, norm, eps, attention
     )
 
 
@@ -417,6 +430,7 @@ def _encoder_default(
     activation: str,
     norm: str,
     eps: float,
+    attention: str,
     backend: str,
     cache: int,
 ) -> Tensor:
@@ -424,7 +438,9 @@ def _encoder_default(
     backend = dispatch.resolve(backend, hidden_states.device, hidden_states.dtype)
     mask = None if attention_mask is None else attention_mask != 0
     if backend == "reference":
-        return run_layers(hidden_states, mask, weights, num_heads, activation, norm, eps, reference.packed_linear)
+        return run_layers(
+            hidden_states, mask, weights, num_heads, activation, norm, eps, attention, reference.packed_linear
+        )
     prepack_cache = PrepackCache.find(cache)
 
     def prepacked(slot: int, weight: Tensor) -> Tensor:
@@ -435,7 +451,7 @@ def _encoder_default(
         return weight.float().contiguous()
 
     native = [prepacked(slot, weight) for slot, weight in enumerate(weights)]
-    output = encoder_prepacked(hidden_states.float(), mask, native, num_heads, activation, norm, eps)
+    output = encoder_prepacked(hidden_states.float(), mask, native, num_heads, activation, norm, eps, attention)
     return output.to(hidden_states.dtype)
 
 
@@ -447,6 +463,7 @@ def _encoder_fake(
     activation: str,
     norm: str,
     eps: float,
+    attention: str,
     backend: str,
     cache: int,
 ) -> Tensor:
@@ -462,6 +479,7 @@ def encoder(
     activation: str = "gelu",
     norm: str = "layer_norm",
     eps: float = 1e-12,
+    attention: str = "fp32",
     backend: str = "auto",
     cache: int = 0,
 ) -> Tensor:
@@ -480,6 +498,7 @@ def encoder(
         activation: of the FFN, as in `packed_linear`.
         norm: after each residual, as in `packed_linear`.
         eps: of LayerNorm.
+        attention: as in `encoder_prepacked`.
         backend: as in `PackedBertConfig`.
         cache: key of the `PrepackCache` to use; 0 packs for this call only.
 
@@ -490,7 +509,7 @@ def encoder(
         RuntimeError: a backend that was asked for by name and cannot run here.
     """
     return torch.ops.packedbert.encoder(
-        hidden_states, attention_mask, weights, num_heads, activation, norm, eps, backend, cache
+        hidden_states, attention_mask, weights, num_heads, activation, norm, eps, attention, backend, cache
     )
 
 

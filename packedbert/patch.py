@@ -392,7 +392,9 @@ def _dense_layer(layer: Any, name: str, head_size: int, eps: float) -> DenseLaye
 def _stored_config(config: PackedBertConfig, encoder: PackedEncoder, plan: QuantizationPlan | None) -> PackedBertConfig:
     """What config.json will say of how the weights are stored."""
     skip = () if plan is None else tuple(name for name in encoder.matrices() if name not in plan.weights)
-    return PackedBertConfig(precision=config.precision, skip=skip, layers=encoder.structure.layers)
+    return PackedBertConfig(
+        precision=config.precision, skip=skip, attention=config.attention, layers=encoder.structure.layers
+    )
 
 
 def _give_own_config(model: nn.Module, bert: BertModel, packed: PackedBertConfig) -> tuple[list[str], Any]:

@@ -101,6 +101,39 @@ def quantized_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return (sums.float() * (scale * weight.scale)).to(x.dtype)
 
 
+def _quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to -127..127; also the scale [..., 1], a NaN where the row has something that is not finite."""
+    sound = x.isfinite().all(-1, keepdim=True)
+    x = x.masked_fill(~sound, 0)
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(_MIN_SCALE)
+    return (x * (1 / scale)).round().clamp(-127, 127), scale.masked_fill(~sound, torch.nan)
+
+
+def quantized_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_size)) v with both products in int8: what the kernels approximate attention by.
+
+    Queries are rounded as the inputs of a linear layer, keys and values to -127..127, each with a scale of its own.
+    The values' scales go into the probabilities, which then are rounded to 0..255, the largest possible being 255.
+
+    Args:
+        q: [..., tokens, head_size]; k and v the same.
+
+    Returns: [..., tokens, head_size] in q's dtype.
+    """
+    if 0 in q.shape:
+        return torch.zeros_like(q)
+    q_integers, q_scale = quantize_rows(q.float())
+    k_integers, k_scale = _quantize_symmetric(k.float())
+    v_integers, v_scale = _quantize_symmetric(v.float())
+    sums = q_integers.double() @ k_integers.double().transpose(-1, -2)
+    scores = sums.float() * (q_scale * k_scale.transpose(-1, -2)) / q.shape[-1] ** 0.5
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    largest = v_scale.amax(-2, keepdim=True)
+    integers = (weights * (v_scale.transpose(-1, -2) * (255 / largest))).round().clamp(0, 255)
+    context = (integers.double() @ v_integers.double()).float() * (largest / 255)
+    return (context / weights.sum(-1, keepdim=True)).to(q.dtype)
+
+
 # --------------------------------------------------------------------------------- what to smooth, what to skip
 
 #: skip="auto" leaves a matrix in float32 if its int8 outputs on the calibration's data are off by more than this, as a

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantization import quantized_product, unpack_quantized
+from .quantization import quantized_attention, quantized_product, unpack_quantized
 
 
 def _gelu_new(x: Tensor) -> Tensor:
@@ -31,6 +31,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 #: Norms that can follow a residual; `no_norm` is nn_pruning's NoNorm (MobileBERT, arXiv 2004.02984).
 NORMS = ("none", "layer_norm", "no_norm")
+
+#: What attention's two products may be computed in.
+ATTENTIONS = ("fp32", "int8")
 
 
 class LayerWeights(NamedTuple):
@@ -102,28 +105,27 @@ def _merge_heads(context: Tensor) -> Tensor:
     return context.transpose(1, 2).flatten(2)
 
 
-def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int) -> Tensor:
+def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, precision: str = "fp32") -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each sequence of a ragged batch.
 
     Args:
         qkv: [T, 3*H*D], the tokens of all sequences one after the other.
         cu_seqlens: int32 [B+1]; sequence b owns tokens cu_seqlens[b] to cu_seqlens[b+1] (it may be empty).
         num_heads: H, the heads that are left; may be 0.
+        precision: of the products, one of `ATTENTIONS`.
 
     Returns: [T, H*D].
     """
+    attend = quantized_attention if precision == "int8" else F.scaled_dot_product_attention
     if num_heads == 0 or qkv.shape[0] == 0:
         return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if len(set(lengths)) == 1:  # a rectangle: one call instead of one per sequence
         rectangle = qkv.view(len(lengths), lengths[0], -1)
-        context = F.scaled_dot_product_attention(*_split_heads(rectangle, num_heads))
+        context = attend(*_split_heads(rectangle, num_heads))
         return _merge_heads(context).flatten(0, 1)
-    contexts = [
-        _merge_heads(F.scaled_dot_product_attention(*_split_heads(sequence[None], num_heads)))[0]
-        for sequence in qkv.split(lengths)
-    ]
+    contexts = [_merge_heads(attend(*_split_heads(sequence[None], num_heads)))[0] for sequence in qkv.split(lengths)]
     return torch.cat(contexts)
 
 

@@ -138,7 +138,7 @@ def test_encoder_on_any_mask(backend, data):
     exact, single = (random_layers(num_heads, widths, dtype=dtype) for dtype in (torch.float64, torch.float32))
     oracle = reference.encoder(hidden, mask, exact, num_heads, "gelu", norm, 1e-12)
     own = reference.encoder(hidden.float(), mask, single, num_heads, "gelu", norm, 1e-12)
-    got = ops.encoder(hidden.float(), mask, single, num_heads, "gelu", norm, 1e-12, backend)
+    got = ops.encoder(hidden.float(), mask, single, num_heads, "gelu", norm, 1e-12, backend=backend)
     assert_as_exact_as_torch(got, own, oracle)
     if mask is not None:
         assert (got[mask == 0] == 0).all()
@@ -170,14 +170,14 @@ def opcheck_cases():
     return {
         "prepack_linear": [((torch.randn(9, 7),), {}), ((torch.randn(0, 7),), {})],
         "packed_linear": [((), single), ((), plain)],
-        "pruned_attention": [((qkv, bounds, 2), {}), ((torch.randn(6, 0), bounds, 0), {})],
+        "pruned_attention": [((qkv, bounds, 2, "fp32"), {}), ((qkv, bounds, 2, "int8"), {})],
         "encoder_prepacked": [
-            ((hidden, None, prepacked_layers(weights), [2, 0], "gelu", "layer_norm", 1e-12), {}),
-            ((hidden, mask != 0, prepacked_layers(weights), [2, 0], "relu", "no_norm", 0.0), {}),
+            ((hidden, None, prepacked_layers(weights), [2, 0], "gelu", "layer_norm", 1e-12, "fp32"), {}),
+            ((hidden, mask != 0, prepacked_layers(weights), [2, 0], "relu", "no_norm", 0.0, "int8"), {}),
         ],
         "encoder": [
-            ((hidden, mask, weights, [2, 0], "gelu", "layer_norm", 1e-12, "auto", 0), {}),
-            ((hidden, None, weights, [2, 0], "relu", "no_norm", 0.0, "reference", 0), {}),
+            ((hidden, mask, weights, [2, 0], "gelu", "layer_norm", 1e-12, "fp32", "auto", 0), {}),
+            ((hidden, None, weights, [2, 0], "relu", "no_norm", 0.0, "fp32", "reference", 0), {}),
         ],
     }
 

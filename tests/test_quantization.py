@@ -194,9 +194,10 @@ def quantized_layers(num_heads, widths, hidden, mixed=False):
     return prepacked, canonical
 
 
+@pytest.mark.parametrize("attention", reference.ATTENTIONS)
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 5), (3, 60)])
-def test_encoder(isa, batch, length, mixed):
+def test_encoder(isa, batch, length, mixed, attention):
     """Against the reference with the same rounding. A float that is off in the last bit may be rounded to the next
     integer, so single values differ by a step; on average they must not."""
     heads, hidden = [3, 0, 2], 64
@@ -205,20 +206,21 @@ def test_encoder(isa, batch, length, mixed):
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[-1, length // 2 + 1 :] = False
     settings = (heads, "gelu", "layer_norm", 1e-12)
-    got = ops.encoder_prepacked(states, mask, prepacked, *settings)
-    expected = reference.encoder(states, mask, canonical, *settings)
+    got = ops.encoder_prepacked(states, mask, prepacked, *settings, attention)
+    expected = ops.encoder(states, mask, canonical, *settings, attention, "reference")
     difference = got - expected
     assert difference.abs().max() < 0.1
     assert difference.square().mean().sqrt() < 3e-3
     assert (got[~mask] == 0).all()
 
 
-def test_bits_do_not_depend_on_threads_or_batch(isa, threads):
+@pytest.mark.parametrize("attention", reference.ATTENTIONS)
+def test_bits_do_not_depend_on_threads_or_batch(isa, threads, attention):
     heads, hidden = [3, 2], 64
-    weights, _ = quantized_layers(heads, [70, 33], hidden, mixed=True)
+    weights, _ = quantized_layers(heads, [70, 33], hidden, mixed=attention == "fp32")
     states = torch.randn(3, 60, hidden)
     mask = torch.arange(60) < torch.tensor([60, 31, 2])[:, None]
-    settings = (weights, heads, "gelu", "layer_norm", 1e-12)
+    settings = (weights, heads, "gelu", "layer_norm", 1e-12, attention)
     threads(1)
     expected = ops.encoder_prepacked(states, mask, *settings)
     for count in (1, 2, 3, 8):
@@ -227,6 +229,58 @@ def test_bits_do_not_depend_on_threads_or_batch(isa, threads):
         for row in range(3):
             alone = ops.encoder_prepacked(states[row : row + 1], mask[row : row + 1], *settings)
             assert torch.equal(alone, expected[row : row + 1])
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def ragged_qkv(lengths, heads, head_size, size=1.0):
+    bounds = [0, *itertools.accumulate(lengths)]
+    return torch.randn(bounds[-1], 3 * heads * head_size) * size, torch.tensor(bounds, dtype=torch.int32)
+
+
+def relative(got, expected):
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("head_size", [1, 7, 32, 64, 130])
+def test_int8_attention(isa, head_size):
+    """The kernel is the oracle, but where a float that is off in the last bit is rounded to the next integer."""
+    qkv, bounds = ragged_qkv([0, 1, 33, 5, 100, 14], 3, head_size)
+    got = ops.pruned_attention(qkv, bounds, 3, "int8")
+    oracle = reference.pruned_attention(qkv, bounds, 3, "int8")
+    exact = reference.pruned_attention(qkv, bounds, 3)
+    assert (got - oracle).abs().max() < 0.02
+    assert relative(got, oracle) < 1e-3
+    assert relative(got, exact) < 0.03
+
+
+@pytest.mark.parametrize(("length", "size"), [(511, 1.0), (513, 1.0), (1100, 0.2), (700, 3.0)])
+def test_int8_attention_over_long_sequences(isa, length, size):
+    qkv, bounds = ragged_qkv([length, 3], 1, 64, size)
+    got = ops.pruned_attention(qkv, bounds, 1, "int8")
+    assert relative(got, reference.pruned_attention(qkv, bounds, 1)) < 0.06
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_int8_attention_shows_a_nan(isa, part):
+    """In a query: that query's context. In a key or a value: all of the sequence. Never another sequence or head."""
+    qkv, bounds = ragged_qkv([50, 20], 2, 16)
+    clean = ops.pruned_attention(qkv, bounds, 2, "int8")
+    qkv[7, part * 32 + 3] = float("nan")
+    got = ops.pruned_attention(qkv, bounds, 2, "int8")
+    touched = torch.zeros(70, 32, dtype=torch.bool)
+    touched[7 if part == 0 else slice(50), :16] = True
+    assert got[touched].isnan().all()
+    assert torch.equal(got[~touched], clean[~touched])
+
+
+def test_int8_attention_has_the_same_bits_in_any_batch(isa):
+    qkv, bounds = ragged_qkv([50, 9, 70], 2, 64)
+    together = ops.pruned_attention(qkv, bounds, 2, "int8")
+    for begin, end in itertools.pairwise(bounds.tolist()):
+        alone = ops.pruned_attention(qkv[begin:end], torch.tensor([0, end - begin], dtype=torch.int32), 2, "int8")
+        assert torch.equal(alone, together[begin:end])
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -248,6 +302,14 @@ def test_what_is_no_packed_weight_is_refused(weight, text):
         ops.packed_linear(torch.zeros(2, 7, device="meta"), weight.to("meta"), torch.zeros(9, device="meta"))
     with pytest.raises(ValueError, match="weight: expected int8"):
         unpack_quantized(weight, 9, 7)
+
+
+def test_attention_says_what_does_not_fit():
+    qkv, bounds = ragged_qkv([3], 1, 513)
+    with pytest.raises(RuntimeError, match="precision: expected 'fp32' with heads of more than 512 dimensions"):
+        ops.pruned_attention(qkv, bounds, 1, "int8")
+    with pytest.raises((ValueError, RuntimeError), match="precision: expected one of"):
+        ops.pruned_attention(qkv, bounds, 1, "int4")
 
 
 def test_too_many_inputs_and_bad_smoothing():

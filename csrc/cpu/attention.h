@@ -1,4 +1,4 @@
-// softmax(q k^T / sqrt(head_size)) v within each sequence of a ragged batch, on the CPU, in float.
+// softmax(q k^T / sqrt(head_size)) v within each sequence of a ragged batch, on the CPU, in float or int8.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +29,23 @@ constexpr int64_t values_size(const Ragged& batch, Heads heads) {
   return heads.count * panel_count(heads.size) * batch.tokens * kPanelWidth;
 }
 
+// The same in int8, both together: see quantized_attention_body.h.
+constexpr int64_t quantized_keys_values_size(const Ragged& batch, Heads heads) {
+  const int64_t of_keys = heads.count * batch.key_slots * group_count(heads.size);
+  const int64_t of_values = heads.count * batch.key_slots * panel_count(heads.size) * kPanelWidth / kGroup;
+  return 3 * heads.count * batch.key_slots + of_keys + of_values;
+}
+
+// The widest head whose products may be in int8.
+inline constexpr int64_t kMaxQuantizedHead = 512;
+
 struct PrunedAttention {
   Ragged batch;
   Heads heads;
+  bool quantized;    // products in int8
   const float* qkv;  // [tokens, 3 * heads.width()]
-  float* keys;       // scratch, keys_size(batch, heads) floats
-  float* values;     // scratch, values_size(batch, heads) floats
+  float* keys;       // scratch, keys_size(batch, heads) floats; quantized_keys_values_size if quantized
+  float* values;     // scratch, values_size(batch, heads) floats; null if quantized
   float* output;     // [tokens, heads.width()]
 };
 

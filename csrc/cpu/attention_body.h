@@ -183,9 +183,19 @@ inline void attend_tile(const QueriesKeysValues& in,
   }
 }
 
+// One tile of one head and one sequence: attend_tile or attend_quantized_tile.
+using AttendTile = void (*)(const QueriesKeysValues& in,
+                            int64_t head,
+                            int64_t sequence,
+                            const float* queries,
+                            int64_t rows,
+                            float* context,
+                            int64_t context_stride);
+
 // The context of one head for tokens [token, end), whatever sequences they belong to.
 //   context: [end - token, heads.size] with context_stride between rows.
-inline void attend_head(const QueriesKeysValues& in,
+inline void attend_head(AttendTile attend,
+                        const QueriesKeysValues& in,
                         int64_t head,
                         int64_t token,
                         int64_t end,
@@ -197,8 +207,8 @@ inline void attend_head(const QueriesKeysValues& in,
     const int64_t tiles = ceil_div(queries, kTileRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = queries * tile / tiles;
-      attend_tile(in, head, sequence, in.queries + (token + begin) * in.query_stride + head * in.heads.size,
-                  queries * (tile + 1) / tiles - begin, context + begin * context_stride, context_stride);
+      attend(in, head, sequence, in.queries + (token + begin) * in.query_stride + head * in.heads.size,
+             queries * (tile + 1) / tiles - begin, context + begin * context_stride, context_stride);
     }
     token += queries;
     context += queries * context_stride;
@@ -213,7 +223,8 @@ constexpr int64_t attention_chunks(int64_t tokens) { return ceil_div(tokens, kQu
 
 // The units [begin, end) of heads * chunks.
 //   context: [tokens, heads.width()] with context_stride between rows, of tokens [token, token + tokens).
-inline void attend_units(const QueriesKeysValues& in,
+inline void attend_units(AttendTile attend,
+                         const QueriesKeysValues& in,
                          int64_t token,
                          int64_t tokens,
                          int64_t chunks,
@@ -225,34 +236,7 @@ inline void attend_units(const QueriesKeysValues& in,
     const int64_t head = unit / chunks;
     const int64_t from = tokens * (unit % chunks) / chunks;
     const int64_t to = tokens * (unit % chunks + 1) / chunks;
-    attend_head(in, head, token + from, token + to, context + from * context_stride + head * in.heads.size,
-                context_stride);
+    attend_head(attend, in, head, token + from, token + to,
+                context + from * context_stride + head * in.heads.size, context_stride);
   }
-}
-
-// pruned_attention's queries stay where they are.
-inline QueriesKeysValues places_of(const PrunedAttention& a) {
-  return {a.batch, a.heads, const_cast<float*>(a.qkv), 3 * a.heads.width(), a.keys, a.values};
-}
-
-// The keys and values of tokens [begin, end).
-void place_pruned_attention(const void* context, int64_t begin, int64_t end) {
-  const PrunedAttention& a = *static_cast<const PrunedAttention*>(context);
-  const int64_t width = a.heads.width();
-  place_qkv(places_of(a), a.qkv + begin * 3 * width + width, 3 * width, begin, end - begin, width, 2 * width,
-            nullptr);
-}
-
-void attend_pruned_attention(const void* context, int64_t begin, int64_t end) {
-  const PrunedAttention& a = *static_cast<const PrunedAttention*>(context);
-  attend_units(places_of(a), 0, a.batch.tokens, attention_chunks(a.batch.tokens), begin, end, a.output,
-               a.heads.width());
-}
-
-void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for) {
-  const int64_t tokens = attention.batch.tokens;
-  if (tokens == 0 || attention.heads.width() == 0) return;
-  parallel_for(tokens, ceil_div(kNormElementsPerThread, 2 * attention.heads.width()), place_pruned_attention,
-               &attention);
-  parallel_for(attention.heads.count * attention_chunks(tokens), 1, attend_pruned_attention, &attention);
 }

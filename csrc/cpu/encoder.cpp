@@ -50,8 +50,13 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads) {
     for (const Matrix* matrix :
          {&layer.qkv_weight, &layer.attention_output_weight, &layer.up_weight, &layer.down_weight})
       quantized = quantized || matrix->quantized;
-    keys = std::max(keys, keys_size(batch, layer.heads));
-    values = std::max(values, values_size(batch, layer.heads));
+    if (layer.quantized_attention) {
+      keys = std::max(keys, quantized_keys_values_size(batch, layer.heads));
+      inner_width = std::max(inner_width, 2 * layer.heads.width());  // keys and values on their way
+    } else {
+      keys = std::max(keys, keys_size(batch, layer.heads));
+      values = std::max(values, values_size(batch, layer.heads));
+    }
   }
 
   EncoderPlan plan{};

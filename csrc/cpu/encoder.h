@@ -17,6 +17,7 @@ namespace packedbert::cpu {
 // no alignment beyond a float's.
 struct EncoderLayer {
   Heads heads;
+  bool quantized_attention;            // its products in int8
   Matrix qkv_weight;                   // [3 * heads.width(), hidden_size]
   const float* qkv_bias;               // [3 * heads.width()]
   Matrix attention_output_weight;      // [hidden_size, heads.width()]

@@ -71,18 +71,70 @@ struct QkvFinish {
   }
 };
 
+// The same where attention is quantised: keys and values are, when a token has all of them. Until then they
+// lie in the scratch of the range.
+struct QuantizedQkvFinish {
+  float* queries;
+  int64_t query_stride;
+  float* keys_values;  // [tokens, 2 * width]
+  int64_t stride;
+  int64_t width;
+  const float* bias;
+
+  PACKEDBERT_INLINE void prepare(int64_t, int64_t, int64_t) const {}
+
+  PACKEDBERT_INLINE void operator()(const float* sums, int64_t row, int64_t rows, int64_t column) const {
+    const int64_t end = smaller(column + kPanelWidth, 3 * width);
+    const int64_t of_queries = larger(0, smaller(end, width) - column);
+    if (of_queries > 0) {
+      place_rows(sums, kPanelWidth, rows, of_queries, bias + column, queries + row * query_stride + column,
+                 query_stride);
+    }
+    const int64_t rest = column + of_queries;
+    if (rest < end) {
+      place_rows(sums + of_queries, kPanelWidth, rows, end - rest, bias + rest,
+                 keys_values + row * stride + rest - width, stride);
+    }
+  }
+};
+
 void project_qkv(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const EncoderLayer& w = run.next_weights();
+  if (w.quantized_attention) {
+    const QuantizedQkvFinish finish{
+        run.scratch + run.plan->queries + run.first * run.plan->query_stride,
+        run.plan->query_stride,
+        run.inner,
+        run.plan->inner_stride,
+        w.heads.width(),
+        w.qkv_bias,
+    };
+    multiply_units(run.units(w.qkv_weight), run.hidden(), run.plan->hidden_stride,
+                   run.inputs_of(w.qkv_weight), w.qkv_weight, w.attention_output_weight.data, begin, end,
+                   finish);
+    return;
+  }
   const QkvFinish finish{run.qkv_of(run.layer + 1), w.qkv_bias, run.first};
   multiply_units(run.units(w.qkv_weight), run.hidden(), run.plan->hidden_stride, run.inputs_of(w.qkv_weight),
                  w.qkv_weight, w.attention_output_weight.data, begin, end, finish);
 }
 
+// The keys and values of tokens [begin, end), from where QuantizedQkvFinish put them.
+void quantize_keys_values(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& run = run_of(context);
+  const QueriesKeysValues next = run.qkv_of(run.layer + 1);
+  const QuantizedKeysValues to = QuantizedKeysValues::at(next.keys, next.batch, next.heads);
+  for (int64_t token = begin; token < end; ++token)
+    place_quantized(to, next.batch, next.heads, run.inner + token * run.plan->inner_stride,
+                    run.first + token);
+}
+
 void attend(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
-  attend_units(run.qkv_of(run.layer), run.first, run.tokens, run.attention_chunks, begin, end, run.inner,
-               run.plan->inner_stride);
+  const AttendTile tile = run.weights().quantized_attention ? attend_quantized_tile : attend_tile;
+  attend_units(tile, run.qkv_of(run.layer), run.first, run.tokens, run.attention_chunks, begin, end,
+               run.inner, run.plan->inner_stride);
 }
 
 // hidden += inner weight^T + bias: both linear layers that end in a residual.
@@ -190,7 +242,10 @@ void run_layer(const LayerRun& run, ParallelFor parallel_for) {
     multiply(w.down_weight, project_down);
     for_tokens(normalize_output);
   }
-  if (!run.is_last()) multiply(run.next_weights().qkv_weight, project_qkv);
+  if (!run.is_last()) {
+    multiply(run.next_weights().qkv_weight, project_qkv);
+    if (run.next_weights().quantized_attention) for_tokens(quantize_keys_values);
+  }
 }
 
 // One layer in panels.

@@ -32,6 +32,8 @@ constexpr int64_t kNearPrefetch = 0;
 #include "cpu/linear_body.h"
 #include "cpu/packed_linear_body.h"
 #include "cpu/attention_body.h"
+#include "cpu/quantized_attention_body.h"
+#include "cpu/pruned_attention_body.h"
 #include "cpu/encoder_body.h"
 // clang-format on
 

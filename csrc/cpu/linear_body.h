@@ -85,7 +85,10 @@ struct QuantizedProduct {
   PACKEDBERT_INLINE int64_t steps() const { return group_count(weight.in_features); }
   PACKEDBERT_INLINE void multiply(
       int64_t row, int64_t rows, int64_t panel, int64_t columns, float* tile, Prefetch ahead) const {
-    multiply_quantized_tile(input, row, rows, weight, panel, columns, tile, ahead);
+    const int64_t first = panel * kPanelWidth;
+    multiply_quantized_panel(input, row, rows, weight.values() + panel * steps() * kStepBytes,
+                             weight.scale() + first, weight.column_sums() + first, columns, steps(), tile,
+                             kPanelWidth, ahead);
   }
 };
 

@@ -22,13 +22,15 @@ struct QuantizedRows {
 // The smallest scale: its inverse is finite.
 constexpr float kMinScale = 0x1p-126f;
 
-// Row `row` of `to` = x [size], times input_scale [size]. Where x has a NaN or an infinity, the scale is a
-// NaN, and with it everything that is computed from the row.
+// Row `row` of `to` = x [size], times input_scale [size] if that is not null. Where x has a NaN or an
+// infinity, the scale is a NaN, and with it everything that is computed from the row.
 inline void quantize_row(
     const float* x, const float* input_scale, int64_t size, const QuantizedRows& to, int64_t row) {
   const auto load = [&](int64_t i) PACKEDBERT_INLINE_LAMBDA {
-    if (i + Vec::kWidth <= size) return Vec::load(x + i) * Vec::load(input_scale + i);
-    return Vec::load_partial(x + i, size - i) * Vec::load_partial(input_scale + i, size - i);
+    const bool whole = i + Vec::kWidth <= size;
+    const Vec value = whole ? Vec::load(x + i) : Vec::load_partial(x + i, size - i);
+    if (!input_scale) return value;
+    return value * (whole ? Vec::load(input_scale + i) : Vec::load_partial(input_scale + i, size - i));
   };
   Vec low = Vec::zero();
   Vec high = Vec::zero();
@@ -75,6 +77,7 @@ void multiply_quantized_pass(const QuantizedRows& rows,
                              const int32_t* column_sums,
                              int64_t groups,
                              float* tile,
+                             int64_t tile_stride,
                              Prefetch ahead) {
   // Pointers as in multiply_pass.
   constexpr int kPointers = (kRows + 2) / 3;
@@ -119,7 +122,7 @@ void multiply_quantized_pass(const QuantizedRows& rows,
     const Vec row_scale = Vec::broadcast(rows.scale[first_row + row]);
     for (int64_t i = 0; i < kQuantizedTileColumns; i += Vec::kWidth) {
       (Vec::load_integers(integers + i) * (row_scale * Vec::load(scale + i)))
-          .store(tile + row * kPanelWidth + i);
+          .store(tile + row * tile_stride + i);
     }
   }
 }
@@ -133,33 +136,35 @@ PACKEDBERT_INLINE void multiply_quantized_pass_of(int64_t count,
                                                   const int32_t* column_sums,
                                                   int64_t groups,
                                                   float* tile,
+                                                  int64_t tile_stride,
                                                   Prefetch ahead) {
   if constexpr (kRows > 1) {
     if (count < kRows) {
       return multiply_quantized_pass_of<kRows - 1>(count, rows, first_row, weight, scale, column_sums, groups,
-                                                   tile, ahead);
+                                                   tile, tile_stride, ahead);
     }
   }
-  multiply_quantized_pass<kRows>(rows, first_row, weight, scale, column_sums, groups, tile, ahead);
+  multiply_quantized_pass<kRows>(rows, first_row, weight, scale, column_sums, groups, tile, tile_stride,
+                                 ahead);
 }
 
-// tile [count, kPanelWidth] = rows [first_row, first_row + count), count <= kTileRows, times a panel of the
-// quantised `weight`, of which `columns` are wanted.
-inline void multiply_quantized_tile(const QuantizedRows& rows,
-                                    int64_t first_row,
-                                    int64_t count,
-                                    const Matrix& weight,
-                                    int64_t panel,
-                                    int64_t columns,
-                                    float* tile,
-                                    Prefetch ahead) {
-  const int64_t groups = group_count(weight.in_features);
-  const int8_t* values = weight.values() + panel * quantized_panel_size(weight.in_features);
+// tile = rows [first_row, first_row + count), count <= kTileRows, times one panel.
+//   panel [groups, kPanelWidth, kGroup], of which `columns` are wanted; scale and column_sums [kPanelWidth]
+//   of its columns; tile [count, kPanelWidth] with tile_stride between rows.
+inline void multiply_quantized_panel(const QuantizedRows& rows,
+                                     int64_t first_row,
+                                     int64_t count,
+                                     const int8_t* panel,
+                                     const float* scale,
+                                     const int32_t* column_sums,
+                                     int64_t columns,
+                                     int64_t groups,
+                                     float* tile,
+                                     int64_t tile_stride,
+                                     Prefetch ahead) {
   for (int64_t column = 0; column < columns; column += kQuantizedTileColumns) {
-    const int64_t at = panel * kPanelWidth + column;
-    multiply_quantized_pass_of<kTileRows>(count, rows, first_row, values + column * kGroup,
-                                          weight.scale() + at, weight.column_sums() + at, groups,
-                                          tile + column, ahead);
+    multiply_quantized_pass_of<kTileRows>(count, rows, first_row, panel + column * kGroup, scale + column,
+                                          column_sums + column, groups, tile + column, tile_stride, ahead);
     ahead.from += groups / kQuantizedPasses * ahead.bytes;
   }
 }

@@ -19,6 +19,9 @@ struct Vec {
   static PACKEDBERT_INLINE Vec load_integers(const int32_t* from) {
     return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
   }
+  PACKEDBERT_INLINE void store_integers(int32_t* to) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_cvtps_epi32(value));
+  }
   PACKEDBERT_INLINE void store(float* to) const { _mm256_storeu_ps(to, value); }
   PACKEDBERT_INLINE void store_partial(float* to, int64_t count) const {
     _mm256_maskstore_ps(to, first(count), value);

@@ -18,6 +18,9 @@ struct Vec {
   static PACKEDBERT_INLINE Vec load_integers(const int32_t* from) {
     return {_mm512_cvtepi32_ps(_mm512_loadu_si512(from))};
   }
+  PACKEDBERT_INLINE void store_integers(int32_t* to) const {
+    _mm512_storeu_si512(to, _mm512_cvtps_epi32(value));
+  }
   PACKEDBERT_INLINE void store(float* to) const { _mm512_storeu_ps(to, value); }
   PACKEDBERT_INLINE void store_partial(float* to, int64_t count) const {
     _mm512_mask_storeu_ps(to, first(count), value);

@@ -24,10 +24,15 @@ struct Vec {
     for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
     return load(lanes);
   }
+  // Both ways: floats that are integers, as 32-bit integers.
   static PACKEDBERT_INLINE Vec load_integers(const int32_t* from) {
     IntegerLanes integers;
     __builtin_memcpy(&integers, from, sizeof(integers));
     return {__builtin_convertvector(integers, Lanes)};
+  }
+  PACKEDBERT_INLINE void store_integers(int32_t* to) const {
+    const IntegerLanes integers = __builtin_convertvector(value, IntegerLanes);
+    __builtin_memcpy(to, &integers, sizeof(integers));
   }
   PACKEDBERT_INLINE void store(float* to) const { __builtin_memcpy(to, &value, sizeof(value)); }
   PACKEDBERT_INLINE void store_partial(float* to, int64_t count) const {

