@@ -17,11 +17,12 @@ SCRIPTS = {
     "bench_ops.py": ("--tiny",),
     "bench_scaling.py": ("--tiny",),
     "bench_usage.py": ("--tiny",),
+    "bench_accuracy.py": ("--tiny",),
 }
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="A few minutes: bench_model.py alone, in fewer cells, float32 only.")
+@click.option("--quick", is_flag=True, help="A few minutes: bench_model.py alone, in fewer cells, no int8 peers.")
 @click.option("--tiny", is_flag=True, help="Toy sizes: checks that everything still runs.")
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
 @click.option("--readme", type=click.Path(path_type=Path), default=HERE.parent / "README.md", show_default=True)

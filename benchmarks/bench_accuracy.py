@@ -1,4 +1,4 @@
-"""What int8 costs in answers, on real models and data: `python benchmarks/bench_accuracy.py [--limit N]`.
+"""What int8 costs in answers, on real models and data: `python benchmarks/bench_accuracy.py [--tiny]`.
 
 Question answering on SQuAD (exact match, F1) with a fine-tuned MiniLM, and sentence similarity on STS-B (Spearman) with
 all-MiniLM-L6-v2: packedbert in float32, in int8 without and with calibration, and the int8 peers. Models and data
@@ -10,6 +10,9 @@ from __future__ import annotations
 import copy
 import csv
 import importlib.util
+import itertools
+import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +32,7 @@ from transformers import AutoModel, AutoModelForQuestionAnswering, AutoTokenizer
 import packedbert
 from packedbert import squad
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(os.environ.get("PACKEDBERT_SHARED", Path(__file__).parents[2] / "shared"))
 
 #: Texts for calibration, from training data.
 CALIBRATION_TEXTS = 128
@@ -53,9 +56,6 @@ class Logits(nn.Module):
 
 def onnx_int8(model: nn.Module, names: list[str], example: tuple[Tensor, ...]) -> Callable[..., list[Tensor]]:
     """ONNX Runtime's dynamic quantization of a model that takes token types too."""
-    import tempfile
-
-    peers.need("onnxruntime")
     quantization = peers.need("onnxruntime.quantization")
     onnxruntime = peers.need("onnxruntime")
     folder = Path(tempfile.mkdtemp())
@@ -135,7 +135,8 @@ def question_answering(models: Path, data: Path, limit: int | None) -> Iterator[
     stock = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [(question, context) for _, question, context in squad.squad_examples(squad.load_squad(train))]
-    texts = texts[:: max(1, len(texts) // CALIBRATION_TEXTS)][:CALIBRATION_TEXTS]
+    count = min(CALIBRATION_TEXTS, limit or CALIBRATION_TEXTS)
+    texts = texts[:: len(texts) // count][:count]
     calibration = packedbert.calibrate(stock, texts, tokenizer)
     dataset = squad.first_questions(squad.load_squad(dev), limit)
     examples = list(squad.squad_examples(dataset))
@@ -169,11 +170,13 @@ def similarity(data: Path, limit: int | None) -> Iterator[dict[str, Any]]:
         AutoTokenizer.from_pretrained(folder),
     )
     with file.open(newline="") as lines:
-        pairs = [line for line in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)][:limit]
+        pairs = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))[:limit]
     scores = [float(pair[4]) for pair in pairs]
     sentences = [pair[side] for side in (5, 6) for pair in pairs]
     # Calibrated on the sentences without their scores: no training part is at hand.
-    calibration = packedbert.calibrate(stock, sentences[:CALIBRATION_TEXTS], tokenizer)
+    calibration = packedbert.calibrate(
+        stock, sentences[: min(CALIBRATION_TEXTS, limit or CALIBRATION_TEXTS)], tokenizer
+    )
     for name, precision, run in contestants(stock, ("last_hidden_state",), calibration):
         start = time.perf_counter()
         vectors = torch.cat(
@@ -216,20 +219,23 @@ def row(
 @click.command()
 @click.option("--models", type=click.Path(path_type=Path), default=SHARED / "models", help="Folder of minilm-qa.")
 @click.option("--data", type=click.Path(path_type=Path), default=SHARED / "data", help="Folder of SQuAD and STS-B.")
-@click.option("--limit", type=int, help="Questions and pairs, at most; default: all.")
+@click.option("--limit", type=click.IntRange(min=1), help="Questions and pairs, at most.  [default: all]")
+@click.option("--tiny", is_flag=True, help="A few questions and pairs: checks that the benchmark still runs.")
 @click.option("--out", type=click.Path(path_type=Path), default=record.RESULTS / "accuracy.csv", show_default=True)
-def main(models: Path, data: Path, limit: int | None, out: Path) -> None:
+def main(models: Path, data: Path, limit: int | None, tiny: bool, out: Path) -> None:
     """Measure accuracy in float32 and int8."""
+    limit = 8 if tiny else limit
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     about = machine.Machine.measure(torch.get_num_threads())
 
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from similarity(data, limit)
-        yield from question_answering(models, data, limit)
-
-    record.write(out, rows(), about)
+    rows = itertools.chain(similarity(data, limit), question_answering(models, data, limit))
+    first = next(rows, None)
+    if first is None:
+        record.console.print(f"nothing to measure; {out} is left as it is")
+        return
+    record.write(out, itertools.chain([first], rows), about)
 
 
 if __name__ == "__main__":

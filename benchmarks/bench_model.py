@@ -132,7 +132,8 @@ def rows(
 def every_row(structure: bench.Structure, cells: Sequence[Cell], quick: bool, dense: bool) -> Iterator[dict[str, Any]]:
     """The packed model with all peers, then the dense one."""
     fp32 = [peer for peer in PEERS if peer.precision == "fp32"]
-    yield from rows(structure, "packed", build(bench.build_stock(structure), fp32 if quick else PEERS), cells)
+    most = [peer for peer in PEERS if peer.precision == "fp32" or peer.ours]
+    yield from rows(structure, "packed", build(bench.build_stock(structure), most if quick else PEERS), cells)
     if not dense:
         return
     everywhere = [peer for peer in fp32 if peer.name in DENSE_EVERYWHERE]
@@ -146,7 +147,7 @@ def every_row(structure: bench.Structure, cells: Sequence[Cell], quick: bool, de
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Fewer cells, fp32 peers only: a few minutes.")
+@click.option("--quick", is_flag=True, help="Fewer cells, no int8 peers: a few minutes.")
 @click.option("--tiny", is_flag=True, help="A toy structure: seconds; checks that the benchmark still runs.")
 @click.option("--dense/--no-dense", default=True, show_default=True, help="Also the unpruned BERT-base.")
 @click.option("--threads", default=torch.get_num_threads(), show_default=True, help="Threads of every peer.")

@@ -1,9 +1,9 @@
 """Every op against the best peer kernel and the machine's own floors: `python benchmarks/bench_ops.py [--tiny]`.
 
 The shapes are those of one layer of the seed's structure. An op is checked against its float64 reference before it is
-timed. Two floors go with every row: the operations at the register-only peak of their precision, and the bytes that have to be read or written at
-least once at the rate of a copy. Caches are warm, as they are between the ops of a layer, so the second one can be
-undercut.
+timed. Two floors go with every row: the operations at the register-only peak of their precision, and the bytes that
+have to be read or written at least once at the rate of a copy. Caches are warm, as they are between the ops of a
+layer, so the second one can be undercut.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Case:
 def int8_case(name: str, tokens: int, out_features: int, in_features: int) -> Case:
     """packed_linear with an int8 weight, against PyTorch's dynamic quantization.
 
-    The expected result is our own rounding's (the kernel has to have its bits); a peer rounds otherwise. PyTorch quantizes
-    inputs to 7 bits, because its products saturate otherwise where there is no VNNI.
+    The expected result is our own rounding's (the kernel has to have its bits); a peer rounds otherwise. PyTorch
+    quantizes inputs to 7 bits, because its products saturate otherwise where there is no VNNI.
     """
     x, weight = torch.randn(tokens, in_features), torch.randn(out_features, in_features) * in_features**-0.5
     bias = torch.randn(out_features)

@@ -46,9 +46,9 @@ def sgemm_gflops(rows: list[Row]) -> float:
     return statistics.median(float(row["sgemm_gflops"]) for row in rows)
 
 
-def over_l(rows: list[Row], cell: Cell, peer: str, cache: str) -> float:
-    """time / L of a peer on the packed model in float32, L at the run's median sgemm rate."""
-    wanted = {"model": "packed", "precision": "fp32", "peer": peer, "cache": cache}
+def over_l(rows: list[Row], cell: Cell, peer: str, cache: str, precision: str = "fp32") -> float:
+    """time / L of a peer on the packed model, L at the run's median sgemm rate."""
+    wanted = {"model": "packed", "precision": precision, "peer": peer, "cache": cache}
     wanted |= {"batch": str(cell[0]), "length": str(cell[1])}
     row = next(row for row in rows if wanted.items() <= row.items())
     return float(row["median_ms"]) * sgemm_gflops(rows) / (1e3 * float(row["gflop"]))
@@ -81,6 +81,48 @@ def table(rows: list[Row]) -> str:
         f"{machine_line(row)}. float32, medians, warm caches, all peers in turns in one process. sgemm "
         f"{sgemm_gflops(rows):.1f} GFLOP/s, FMA peak {row['fma_gflops']} GFLOP/s.",
     ]
+    return "\n".join(lines)
+
+
+def int8_table(rows: list[Row]) -> str:
+    """Markdown: packedbert in int8 against the best int8 peer, itself in float32, and dense eager PyTorch."""
+    int8, fp32 = milliseconds(rows, "packed", "hot", "int8"), milliseconds(rows, "packed", "hot")
+    dense = milliseconds(rows, "dense", "hot")
+    lines = [
+        "| batch, length | packedbert int8 | time / L | best int8 peer | than it | than our float32 | than dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell, peers in int8.items():
+        ours = peers[OURS]
+        rivals = [(ms, peer) for peer, ms in peers.items() if peer != OURS]
+        best, name = min(rivals, default=(float("nan"), "none ran"))
+        against_dense = f"{dense[cell][EAGER] / ours:.2f}x" if cell in dense else "-"
+        lines.append(
+            f"| {cell[0]}, {cell[1]} | {ours:.1f} ms | {over_l(rows, cell, OURS, 'hot', 'int8'):.2f} | {name}, "
+            f"{best:.1f} ms | {best / ours:.2f}x | {fp32[cell][OURS] / ours:.2f}x | {against_dense} |"
+        )
+    row = rows[0]
+    if row["int8_gops"]:
+        ratio = float(row["int8_gops"]) / float(row["fma_gflops"])
+        lines += [
+            "",
+            f"The same run. On registers alone this machine's int8 products run at {row['int8_gops']} GOP/s, "
+            f"{ratio:.2f}x its float32 rate"
+            + ("." if "vnni" in row["isa"] else ": it has no VNNI, which makes that 4x."),
+        ]
+    return "\n".join(lines) if int8 else ""
+
+
+def accuracy_table(rows: list[Row]) -> str:
+    """Markdown: what int8 costs in answers."""
+    lines = ["| real models | precision | F1 or Spearman | difference from float32 |", "|---|---|---|---|"]
+    for row in rows:
+        base = next(r for r in rows if (r["data"], r["peer"], r["precision"]) == (row["data"], OURS, "fp32"))
+        difference = float(row["value"]) - float(base["value"])
+        lines.append(
+            f"| {row['data']}, {row['examples']} examples | {row['peer']} {row['precision']} "
+            f"| {float(row['value']):.2f} | {difference:+.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -121,7 +163,8 @@ def plot_model(rows: list[Row], file: Path) -> None:
     """time / L of every float32 peer, and how many times faster than dense eager PyTorch each is."""
     cells, dense = milliseconds(rows, "packed", "hot"), milliseconds(rows, "dense", "hot")
     peers = list(dict.fromkeys(peer for by_peer in cells.values() for peer in by_peer))
-    figure, (above, below) = plt.subplots(2, figsize=(10, 8))
+    int8 = milliseconds(rows, "packed", "hot", "int8")
+    figure, (above, below, *more) = plt.subplots(3 if int8 else 2, figsize=(10, 12 if int8 else 8))
     bars(
         above,
         {peer: {cell: over_l(rows, cell, peer, "hot") for cell in cells if peer in cells[cell]} for peer in peers},
@@ -137,6 +180,14 @@ def plot_model(rows: list[Row], file: Path) -> None:
             for peer in peers
         }
         bars(below, speed, "times faster than dense BERT-base, eager")
+    for axes in more:
+        rivals = list(dict.fromkeys(peer for by_peer in int8.values() for peer in by_peer))
+        values = {
+            f"{peer} int8": {cell: over_l(rows, cell, peer, "hot", "int8") for cell in int8 if peer in int8[cell]}
+            for peer in rivals
+        }
+        values |= {f"{OURS} fp32": {cell: over_l(rows, cell, OURS, "hot") for cell in int8}}
+        bars(axes, values, "int8: time / L")
     save(figure, file)
 
 
@@ -190,8 +241,10 @@ def main(results: Path, readme: Path) -> None:
     tables = []
     if (file := results / "model.csv").exists():
         rows = read(file)
-        tables += [table(rows), dense_table(rows)]
+        tables += [table(rows), dense_table(rows), int8_table(rows)]
         plot_model(rows, file.with_suffix(".png"))
+    if (file := results / "accuracy.csv").exists():
+        tables.append(accuracy_table(read(file)))
     if (file := results / "usage.csv").exists():
         tables.append(usage_table(read(file)))
     if (file := results / "scaling.csv").exists():

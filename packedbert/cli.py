@@ -90,13 +90,19 @@ def backend_option(command: Any) -> Any:
     return click.option("--backend", default="auto", show_default=True, help=text)(command)
 
 
+def precision_option(command: Any) -> Any:
+    """--precision, as PackedBertConfig has it."""
+    text = 'What the encoder\'s matrices are stored in: "fp32", "bf16", "fp16" or "int8" (computed in, too).'
+    return click.option("--precision", default="fp32", show_default=True, help=text)(command)
+
+
 def json_option(command: Any) -> Any:
     """--json, for machines."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(command)
 
 
-def load_answerer(model_id: str, backend: str, *, packed: bool = True) -> Any:
-    """A QuestionAnswerer of a checkpoint in float32."""
+def load_answerer(model_id: str, backend: str, precision: str = "fp32", *, packed: bool = True) -> Any:
+    """A QuestionAnswerer of a checkpoint, loaded in float32."""
     import torch
     from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -110,7 +116,7 @@ def load_answerer(model_id: str, backend: str, *, packed: bool = True) -> Any:
             # transformers would go on with a random head.
             raise ValueError(f"{model_id}: expected a question-answering checkpoint, got {', '.join(found)}")
     if packed:
-        config = packedbert.PackedBertConfig(backend=backend)
+        config = packedbert.PackedBertConfig(backend=backend, precision=precision)
         model = packedbert.load(model_id, task="question-answering", config=config, dtype=torch.float32)
     else:
         model = AutoModelForQuestionAnswering.from_pretrained(model_id, dtype=torch.float32)
@@ -145,6 +151,7 @@ def progress_bar(label: str, *, hidden: bool) -> Iterator[Any]:
 @click.option("--max-answer-len", default=15, show_default=True, help="Tokens of the longest answer.")
 @click.option("--batch-size", default=16, show_default=True, help="Windows run at once.")
 @backend_option
+@precision_option
 @json_option
 def qa(
     model_id: str,
@@ -154,6 +161,7 @@ def qa(
     input_file: Any,
     as_json: bool,
     backend: str,
+    precision: str,
     **options: Any,
 ) -> None:
     """Answer questions from a text.
@@ -183,7 +191,7 @@ def qa(
                 raise click.UsageError("a context is needed: -c TEXT, --context-file FILE, or standard input")
             context = read_text(sys.stdin.buffer)
         items = [(question, context)]
-    answerer = load_answerer(model_id, backend)
+    answerer = load_answerer(model_id, backend, precision)
     questions, contexts = [item[0] for item in items], [item[1] for item in items]
     with progress_bar("answering", hidden=as_json) as progress:
         found = answerer(question=questions, context=contexts, progress=progress, **options)
@@ -292,26 +300,37 @@ def inspect(model_id: str, as_json: bool) -> None:
 @click.option("--no-patch", is_flag=True, help="Run the stock model instead, to compare (dense checkpoints only).")
 @click.option("--batch-size", default=16, show_default=True, help="Windows run at once.")
 @backend_option
+@precision_option
 @json_option
 def evaluate(
-    model_id: str, data: Path, limit: int | None, no_patch: bool, batch_size: int, backend: str, as_json: bool
+    model_id: str,
+    data: Path,
+    limit: int | None,
+    no_patch: bool,
+    batch_size: int,
+    backend: str,
+    precision: str,
+    as_json: bool,
 ) -> None:
     """Exact match and F1 on a SQuAD-format file, and questions per second.
 
     \b
     packedbert eval --model DIR --data dev-v1.1.json
     packedbert eval --model DIR --data dev-v1.1.json.gz --limit 200 --no-patch
+    packedbert eval --model DIR --data dev-v1.1.json --precision int8
     """
     import time
 
     from . import squad
 
+    if no_patch and precision != "fp32":
+        raise click.UsageError("--precision is of the patched model: leave out --no-patch")
     dataset = squad.first_questions(squad.load_squad(data), limit)
     examples = list(squad.squad_examples(dataset))
     if not examples:
         raise ValueError(f"{data}: expected questions, got none")
     ids, questions, contexts = zip(*examples, strict=True)
-    answerer = load_answerer(model_id, backend, packed=not no_patch)
+    answerer = load_answerer(model_id, backend, precision, packed=not no_patch)
     start = time.perf_counter()
     with progress_bar(f"{len(ids):,} questions", hidden=as_json) as progress:
         answers = answerer(question=list(questions), context=list(contexts), batch_size=batch_size, progress=progress)

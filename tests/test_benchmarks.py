@@ -40,6 +40,8 @@ def test_every_benchmark_and_the_report(tmp_path):
     for callers in (1, 2, 4):
         assert usage[f"calls with other bits, {callers} callers"]["met"] == "yes"
 
+    assert {row["precision"] for row in model if row["peer"] == "packedbert"} == {"fp32", "int8"}
+
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

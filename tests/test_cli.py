@@ -164,10 +164,18 @@ def test_eval(checkpoint, squad, tmp_path):
     assert "questions/s" in run("eval", "--model", checkpoint, "--data", squad).output
 
 
-def test_eval_of_a_real_model(shared):
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_eval_of_a_real_model(shared, precision):
     model, data = shared / "models" / "minilm-qa", shared / "data" / "squad-dev-v1.1-a.json.gz"
-    got = parsed(run("eval", "--model", model, "--data", data, "--limit", 50, "--json"))
+    got = parsed(run("eval", "--model", model, "--data", data, "--limit", 50, "--precision", precision, "--json"))
     assert got["f1"] > 60
+
+
+def test_precisions(checkpoint, squad):
+    arguments = ("eval", "--model", checkpoint, "--data", squad)
+    assert parsed(run(*arguments, "--precision", "int8", "--json"))["backend"] == "cpu"
+    assert "one of fp32, bf16, fp16, int8, got 'int4'" in run(*arguments, "--precision", "int4").output
+    assert "leave out --no-patch" in run(*arguments, "--precision", "int8", "--no-patch").output
 
 
 def test_bench(tmp_path):
