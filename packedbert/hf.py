@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from .checkpoint import CheckpointError, StoredLayer, checkpoint_files, read_shapes, stored_layers
 from .config import QUANT_METHOD, PackedBertConfig
+from .layers import QuantizedEmbedding
 from .modules import PackedBertModel, PackedEncoder
 from .patch import encoder_structure, install_encoder, leave_report, patch_model, replace_norms
 
@@ -52,6 +53,8 @@ class PackedBertQuantizer(HfQuantizer):
         if shapes is not None:
             _check_packed(encoder, shapes)
         install_encoder(bert, encoder)
+        if self.quantization_config.int8_embeddings:
+            _expect_int8_embeddings(bert, shapes)
         if structure.norm == "no_norm":
             replace_norms(model)
         return model
@@ -195,6 +198,15 @@ def _narrow(layer: Any, stored: StoredLayer, head_size: int) -> None:
     attention.output.dense = linear(inner, hidden)
     layer.intermediate.dense = linear(hidden, stored.ffn_width)
     layer.output.dense = linear(stored.ffn_width, hidden)
+
+
+def _expect_int8_embeddings(bert: BertModel, shapes: dict[str, tuple[int, ...]] | None) -> None:
+    """Make room for a checkpoint's int8 table, which has to be in it."""
+    name = "embeddings.word_embeddings.weight_scale"
+    if shapes is not None and not any(stored.endswith(name) for stored in shapes):
+        raise CheckpointError(f"{name}: expected one (quantization_config.int8_embeddings in config.json), got nothing")
+    table = QuantizedEmbedding.of(bert.embeddings.word_embeddings)
+    bert.embeddings.word_embeddings = table
 
 
 def _check_packed(encoder: PackedEncoder, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -16,7 +16,8 @@ from transformers import BertModel
 from . import dispatch
 from .checkpoint import pruned_heads
 from .config import PackedBertConfig
-from .modules import NoNorm, PackedBertModel, PackedEncoder, PrepackedLinear, QuantizedLinear
+from .layers import NoNorm, PrepackedLinear, QuantizedEmbedding, QuantizedLinear
+from .modules import PackedBertModel, PackedEncoder
 from .packing import pack_layer
 from .quantization import QuantizationPlan
 from .reference import LayerWeights
@@ -32,6 +33,7 @@ class _Undo:
     """What unpatch_model needs, by module name: a deepcopy or unpickled model finds its own modules again."""
 
     encoders: dict[str, nn.Module | None] = field(default_factory=dict)
+    embeddings: dict[str, nn.Module | None] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
     configs: list[tuple[list[str], Any]] = field(default_factory=list)
     training: list[str] = field(default_factory=list)
@@ -67,6 +69,8 @@ def patch_model(model: nn.Module, config: PackedBertConfig | None = None, **over
     packed = {}
     plans = {}
     for name, bert in berts.items():
+        if config.int8_embeddings:
+            _refuse_tied(model, bert)
         structure, stored, layers = _pack_encoder(bert)
         encoder = PackedEncoder(structure, layers, config)
         # A forced backend that can't run here has to be refused before anything is changed.
@@ -93,6 +97,10 @@ def patch_model(model: nn.Module, config: PackedBertConfig | None = None, **over
         undo.encoders[name] = bert.encoder if config.keep_original else None
         undo.configs.append(_give_own_config(model, bert, _stored_config(config, encoder, plans.get(name))))
         install_encoder(bert, encoder)
+        if config.int8_embeddings:
+            table = bert.embeddings.word_embeddings
+            undo.embeddings[name] = table if config.keep_original else None
+            bert.embeddings.word_embeddings = QuantizedEmbedding.of(table)
         if encoder.structure.norm == "no_norm":
             undo.norms.update(replace_norms(model))
     model.eval()
@@ -127,6 +135,11 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         device, dtype = _placement(bert.encoder)  # type: ignore[arg-type]
         bert.encoder = encoder.to(device=device, dtype=dtype)
         bert.__class__ = BertModel
+    for name, table in undo.embeddings.items():
+        tables: Any = model.get_submodule(name).embeddings
+        like = tables.word_embeddings.weight_scale
+        assert table is not None
+        tables.word_embeddings = table.to(device=like.device, dtype=like.dtype)
     for name, norm in undo.norms.items():
         replacement = model.get_submodule(name)
         norm.weight, norm.bias = replacement.weight, replacement.bias
@@ -256,12 +269,14 @@ def report_of(model: nn.Module) -> PatchReport:
 
 
 def _count(model: nn.Module) -> int:
-    """Parameters, padding and scales of packed matrices not counted."""
-    return sum(parameter.numel() for parameter in model.parameters()) + sum(
-        part.bias.shape[0] * part.in_features - part.weight.numel()
-        for part in model.modules()
-        if isinstance(part, PrepackedLinear | QuantizedLinear)
-    )
+    """Parameters, padding and scales not counted."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for part in model.modules():
+        if isinstance(part, PrepackedLinear | QuantizedLinear):
+            count += part.bias.shape[0] * part.in_features - part.weight.numel()
+        elif isinstance(part, QuantizedEmbedding):
+            count -= part.weight_scale.numel()
+    return count
 
 
 def _placement(encoder: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -393,8 +408,24 @@ def _stored_config(config: PackedBertConfig, encoder: PackedEncoder, plan: Quant
     """What config.json will say of how the weights are stored."""
     skip = () if plan is None else tuple(name for name in encoder.matrices() if name not in plan.weights)
     return PackedBertConfig(
-        precision=config.precision, skip=skip, attention=config.attention, layers=encoder.structure.layers
+        precision=config.precision,
+        skip=skip,
+        attention=config.attention,
+        int8_embeddings=config.int8_embeddings,
+        layers=encoder.structure.layers,
     )
+
+
+def _refuse_tied(model: nn.Module, bert: BertModel) -> None:
+    """int8 embeddings can't be shared with an output layer.
+
+    Raises:
+        ValueError: they are.
+    """
+    table = bert.embeddings.word_embeddings
+    for name, module in model.named_modules():
+        if module is not table and any(parameter is table.weight for parameter in module._parameters.values()):
+            raise ValueError(f"int8_embeddings: expected embeddings of their own, got some that {name} shares")
 
 
 def _give_own_config(model: nn.Module, bert: BertModel, packed: PackedBertConfig) -> tuple[list[str], Any]:

@@ -19,6 +19,7 @@ ORDER = (
     "checkpoint",
     "config",
     "ops",
+    "layers",
     "modules",
     "report",
     "patch",

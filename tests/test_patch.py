@@ -14,7 +14,8 @@ from torch import nn
 
 import packedbert
 from packedbert import dispatch
-from packedbert.modules import NoNorm, PackedBertModel
+from packedbert.layers import NoNorm
+from packedbert.modules import PackedBertModel
 
 
 def pruned(architecture="BertModel", **config):

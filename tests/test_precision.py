@@ -11,7 +11,7 @@ from transformers import AutoModelForQuestionAnswering
 
 import packedbert
 from packedbert import PackedBertConfig
-from packedbert.modules import QuantizedLinear
+from packedbert.layers import QuantizedLinear
 
 
 def pruned(**changes):
@@ -310,3 +310,42 @@ def test_half_precision_storage(tmp_path, precision, dtype, tolerance, release):
     for again in (packedbert.load(tmp_path), AutoModelForQuestionAnswering.from_pretrained(tmp_path)):
         assert again.state_dict()["bert.encoder.layer.0.up.weight"].dtype == dtype
         assert torch.equal(logits(again), logits(model))
+
+
+# ------------------------------------------------------------------------------------------- int8 embeddings
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.02), ("int8", 0.05)])
+def test_int8_embeddings(tmp_path, precision, tolerance):
+    model = patched(precision=precision, int8_embeddings=True)
+    state = model.state_dict()
+    assert state["bert.embeddings.word_embeddings.weight"].dtype == torch.int8
+    assert 0 < error(logits(model), logits(pruned())) < tolerance
+    assert model.packedbert_report.parameters_after == patched().packedbert_report.parameters_after
+    model.save_pretrained(tmp_path)
+    for again in (packedbert.load(tmp_path), AutoModelForQuestionAnswering.from_pretrained(tmp_path)):
+        assert torch.equal(logits(again), logits(model))
+    ids = torch.tensor([[1, model.config.vocab_size]])
+    with pytest.raises(IndexError, match="input_ids: expected 0 to 60, got 1 to 61"):
+        model(input_ids=ids)
+    with pytest.raises(IndexError, match="input_ids: expected 0 to 60, got -1 to 5"):
+        model(input_ids=torch.tensor([[-1, 5]]))
+    original, restored = pruned().state_dict(), packedbert.unpatch_model(model).state_dict()
+    assert original.keys() == restored.keys()
+    assert all(torch.equal(restored[name], original[name]) for name in original)
+
+
+def test_tied_embeddings_stay_as_they_are():
+    model = tiny_bert("BertForMaskedLM")
+    with pytest.raises(ValueError, match=r"got some that cls\.predictions\.decoder shares"):
+        packedbert.patch_model(model, int8_embeddings=True)
+    assert not hasattr(model, "packedbert_report")
+
+
+def test_a_checkpoint_without_its_scales_is_refused(tmp_path):
+    patched().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["quantization_config"]["int8_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(packedbert.CheckpointError, match="weight_scale: expected one"):
+        packedbert.load(tmp_path)

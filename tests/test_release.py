@@ -9,7 +9,7 @@ from models import inputs, prune, some_pruning, tiny_bert, tiny_config
 
 import packedbert
 from packedbert import dispatch
-from packedbert.modules import PrepackedLinear
+from packedbert.layers import PrepackedLinear
 
 pytestmark = pytest.mark.skipif(
     dispatch.resolve("auto", torch.device("cpu"), torch.float32) != "cpu",
