@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,35 +54,6 @@ class Logits(nn.Module):
         return transformers.modeling_outputs.QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
 
 
-def onnx_int8(model: nn.Module, names: list[str], example: tuple[Tensor, ...]) -> Callable[..., list[Tensor]]:
-    """ONNX Runtime's dynamic quantization of a model that takes token types too."""
-    quantization = peers.need("onnxruntime.quantization")
-    onnxruntime = peers.need("onnxruntime")
-    folder = Path(tempfile.mkdtemp())
-    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    torch.onnx.export(
-        model,
-        example,
-        folder / "model.onnx",
-        dynamo=True,
-        input_names=names,
-        dynamic_shapes={"tensors": tuple(free for _ in names)},
-        verbose=False,
-    )
-    quantization.quantize_dynamic(
-        folder / "model.onnx", folder / "int8.onnx", per_channel=True, weight_type=quantization.QuantType.QInt8
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(folder / "int8.onnx", options, providers=["CPUExecutionProvider"])
-
-    def run(*tensors: Tensor) -> list[Tensor]:
-        outputs = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)})
-        return [torch.from_numpy(output) for output in outputs]
-
-    return run
-
-
 class Outputs(nn.Module):
     """A model that takes ids, mask and types by position, and returns a tuple of what was asked for."""
 
@@ -90,17 +61,58 @@ class Outputs(nn.Module):
         super().__init__()
         self.model, self.names = model, names
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
         """The outputs by name."""
-        ids, mask, types = tensors
-        output = self.model(input_ids=ids, attention_mask=mask, token_type_ids=types)
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         return tuple(getattr(output, name) for name in self.names)
 
 
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def onnxruntime_int8(model: Outputs, batches: list[tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """ONNX Runtime's dynamic quantization: per channel and per tensor; it needs no data."""
+    peers.need("onnx")
+    onnxruntime, quantization = peers.need("onnxruntime"), peers.need("onnxruntime.quantization")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with tempfile.TemporaryDirectory() as folder:
+        file, quantized = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
+        shapes = dict.fromkeys(NAMES, free)
+        torch.onnx.export(
+            model, batches[0], file, dynamo=True, input_names=list(NAMES), dynamic_shapes=shapes, verbose=False
+        )
+        quantization.quantize_dynamic(file, quantized, per_channel=True, weight_type=quantization.QuantType.QInt8)
+        session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        inputs = {name: tensor.numpy() for name, tensor in zip(NAMES, tensors, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, inputs)]
+
+    return run
+
+
+def openvino_int8(model: Outputs, batches: list[tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """OpenVINO after NNCF's static quantization for transformers, calibrated on the same texts as ours."""
+    openvino, nncf = peers.need("openvino"), peers.need("nncf")
+    graph = openvino.convert_model(model, example_input=batches[0], input=[(name, [-1, -1]) for name in NAMES])
+    dataset = nncf.Dataset([tuple(tensor.numpy() for tensor in batch) for batch in batches])
+    quantized = nncf.quantize(graph, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(quantized, "CPU", settings).create_infer_request()
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        results = request.infer([tensor.numpy() for tensor in tensors])
+        return [torch.from_numpy(results[index].copy()) for index in range(len(model.names))]
+
+    return run
+
+
 def contestants(
-    stock: nn.Module, outputs: tuple[str, ...], calibration: Any
+    stock: nn.Module, outputs: tuple[str, ...], tokenizer: Any, texts: Sequence[Any]
 ) -> Iterator[tuple[str, str, Callable[..., Any]]]:
-    """Name, precision, and what maps ids, mask and types to the outputs."""
+    """Name, precision, and what maps ids, mask and types to the outputs; `texts` are for calibration."""
 
     def ours(**options: Any) -> Callable[..., Any]:
         model = packedbert.patch_model(copy.deepcopy(stock), keep_original=False, **options)
@@ -108,21 +120,26 @@ def contestants(
 
     yield "packedbert", "fp32", ours()
     yield "packedbert", "int8", ours(precision="int8")
+    calibration = packedbert.calibrate(stock, texts, tokenizer)
     yield "packedbert", "int8, calibrated", ours(precision="int8", calibration=calibration)
-    names = ["input_ids", "attention_mask", "token_type_ids"]
-    ids = torch.randint(1000, 2000, (2, 16))
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield (
-                "ONNX Runtime",
-                "int8",
-                onnx_int8(Outputs(stock, outputs).eval(), names, (ids, mask, torch.zeros_like(ids))),
-            )
-    except peers.Missing as reason:
-        record.console.print(f"skipped ONNX Runtime (int8): {reason}")
+    batches = []
+    for index in range(0, len(texts), 4):
+        pairs = [(text,) if isinstance(text, str) else text for text in texts[index : index + 4]]
+        columns = [list(column) for column in zip(*pairs, strict=True)]
+        batch = tokenizer(*columns, truncation=True, max_length=384, padding=True, return_tensors="pt")
+        batches.append(tuple(batch[name] for name in NAMES))
+    for name, precision, build in (
+        ("ONNX Runtime", "int8", onnxruntime_int8),
+        ("OpenVINO (NNCF)", "int8, calibrated", openvino_int8),
+    ):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                runner = build(Outputs(stock, outputs).eval(), batches)
+        except peers.Missing as reason:
+            record.console.print(f"skipped {name} ({precision}): {reason}")
+        else:
+            yield name, precision, runner
 
 
 def question_answering(models: Path, data: Path, limit: int | None) -> Iterator[dict[str, Any]]:
@@ -137,10 +154,9 @@ def question_answering(models: Path, data: Path, limit: int | None) -> Iterator[
     texts = [(question, context) for _, question, context in squad.squad_examples(squad.load_squad(train))]
     count = min(CALIBRATION_TEXTS, limit or CALIBRATION_TEXTS)
     texts = texts[:: len(texts) // count][:count]
-    calibration = packedbert.calibrate(stock, texts, tokenizer)
     dataset = squad.first_questions(squad.load_squad(dev), limit)
     examples = list(squad.squad_examples(dataset))
-    for name, precision, run in contestants(stock, ("start_logits", "end_logits"), calibration):
+    for name, precision, run in contestants(stock, ("start_logits", "end_logits"), tokenizer, texts):
         answerer = packedbert.QuestionAnswerer(Logits(run, stock).eval(), tokenizer)
         start = time.perf_counter()
         answers: Any = answerer(question=[e[1] for e in examples], context=[e[2] for e in examples])
@@ -173,11 +189,9 @@ def similarity(data: Path, limit: int | None) -> Iterator[dict[str, Any]]:
         pairs = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))[:limit]
     scores = [float(pair[4]) for pair in pairs]
     sentences = [pair[side] for side in (5, 6) for pair in pairs]
-    # Calibrated on the sentences without their scores: no training part is at hand.
-    calibration = packedbert.calibrate(
-        stock, sentences[: min(CALIBRATION_TEXTS, limit or CALIBRATION_TEXTS)], tokenizer
-    )
-    for name, precision, run in contestants(stock, ("last_hidden_state",), calibration):
+    # No training part is at hand: calibrated on some of the sentences, without their scores.
+    texts = sentences[: min(CALIBRATION_TEXTS, limit or CALIBRATION_TEXTS)]
+    for name, precision, run in contestants(stock, ("last_hidden_state",), tokenizer, texts):
         start = time.perf_counter()
         vectors = torch.cat(
             [
