@@ -19,7 +19,7 @@ from .checkpoint import CheckpointError, StoredLayer, checkpoint_files, read_sha
 from .config import QUANT_METHOD, PackedBertConfig
 from .layers import QuantizedEmbedding
 from .modules import PackedBertModel, PackedEncoder
-from .patch import encoder_structure, install_encoder, leave_report, patch_model, replace_norms
+from .patch import count_parameters, encoder_structure, install_encoder, leave_report, patch_model, replace_norms
 
 #: Task names of `load`, as in transformers' pipelines; each with what follows "AutoModel" and "Bert" in class names.
 TASKS = {
@@ -66,7 +66,7 @@ class PackedBertQuantizer(HfQuantizer):
                 parameter.requires_grad_(False)
             if self.quantization_config.precision == "int8":
                 bert.encoder.prepack()
-            leave_report(model, bert.encoder, None, sum(parameter.numel() for parameter in model.parameters()))
+            leave_report(model, bert.encoder, None, count_parameters(model))
             if self.quantization_config.release_weights:
                 bert.encoder.release_weights()
             return model

@@ -65,7 +65,7 @@ def patch_model(model: nn.Module, config: PackedBertConfig | None = None, **over
     """
     config = (config or PackedBertConfig()).replace(**overrides)
     berts = _find_berts(model)
-    parameters_before = _count(model)
+    parameters_before = count_parameters(model)
     packed = {}
     plans = {}
     for name, bert in berts.items():
@@ -243,7 +243,7 @@ def leave_report(
         encoder.structure,
         stored,
         parameters_before,
-        _count(model),
+        count_parameters(model),
         backend,
         isa,
         encoder.precisions(),
@@ -268,7 +268,7 @@ def report_of(model: nn.Module) -> PatchReport:
     return report
 
 
-def _count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Parameters, padding and scales not counted."""
     count = sum(parameter.numel() for parameter in model.parameters())
     for part in model.modules():

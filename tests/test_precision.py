@@ -144,6 +144,7 @@ def test_an_int8_checkpoint_reloads_bit_for_bit(tmp_path, skip):
         one, other = again.state_dict(), model.state_dict()
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
+        assert again.packedbert_report.parameters_before == model.packedbert_report.parameters_after
         assert [layer.precisions for layer in again.packedbert_report.layers] == [
             layer.precisions for layer in model.packedbert_report.layers
         ]

@@ -67,8 +67,8 @@ constexpr int64_t kQuantizedTileColumns = 2 * Dot::kColumns;
 constexpr int kQuantizedPasses = kPanelWidth / kQuantizedTileColumns;
 
 // tile [kRows, kQuantizedTileColumns] = the product, as floats.
-//   values, row_scale, zero_point: of the first row; weight: the first kQuantizedTileColumns columns of
-//   [groups, kPanelWidth, kGroup]; scale and column_sums: of these columns.
+//   weight: the first kQuantizedTileColumns columns of [groups, kPanelWidth, kGroup]; scale and column_sums: of
+//   these columns; tile: with tile_stride between rows.
 template <int kRows>
 void multiply_quantized_pass(const QuantizedRows& rows,
                              int64_t first_row,
