@@ -162,7 +162,7 @@ std::vector<cpu::EncoderLayer> take_layers(const std::vector<Tensor>& weights,
     const int64_t width = read.peek(7);
     layers.push_back({
         .heads = heads,
-        // A layer whose projections are not quantised was found to need float.
+        // A layer whose projections are not quantized was found to need float.
         .quantized_attention = parse_precision(kEncoder, "attention", attention, heads.size) &&
                                weights[read.at].scalar_type() == ScalarType::Char,
         .qkv_weight = read.matrix(qkv, hidden),

@@ -17,7 +17,7 @@ inline constexpr int64_t kPanelWidth = 32;
 
 constexpr int64_t panel_count(int64_t out_features) { return (out_features + kPanelWidth - 1) / kPanelWidth; }
 
-// A weight quantised to int8: W[n, k] * smoothing[k] ~ values[n, k] * scale[n], |values| <= 127, where the
+// A weight quantized to int8: W[n, k] * smoothing[k] ~ values[n, k] * scale[n], |values| <= 127, where the
 // inputs are divided by `smoothing` (SmoothQuant, arXiv 2211.10438). It is one array of bytes, parts one
 // after the other:
 //     int8  panels       [panel_count, groups, kPanelWidth, kGroup]

@@ -1,6 +1,6 @@
 // Dot in plain C++. Included inside namespace packedbert::cpu::scalar, after vec_scalar.h.
 //
-// Dot is the inner product of quantised inputs and weights for kColumns neighbouring outputs, kGroup inputs
+// Dot is the inner product of quantized inputs and weights for kColumns neighbouring outputs, kGroup inputs
 // at a time, in exact 32-bit integers. Every dot_*.h has this interface.
 
 struct Dot {

@@ -60,7 +60,7 @@ struct EncoderPlan {
   int64_t values[2];   // layer while another thread writes those of the next
   int64_t inner;       // [workers, rows of a panel, context or FFN activations, whichever is wider]
   int64_t inner_size;  // of one worker
-  int64_t quantized;   // [workers, quantized_rows_size(rows of a panel)]: the inputs of one quantised matrix
+  int64_t quantized;   // [workers, quantized_rows_size(rows of a panel)]: the inputs of one quantized matrix
   int64_t quantized_size;  // of one worker
   int64_t inner_rows;      // of a panel, at most
   int64_t size;            // floats in all

@@ -39,7 +39,7 @@ struct LayerRun {
 
 inline const LayerRun& run_of(const void* context) { return *static_cast<const LayerRun*>(context); }
 
-// Token `token` of the range as an input of `weight`, if that wants it quantised: x [weight.in_features].
+// Token `token` of the range as an input of `weight`, if that wants it quantized: x [weight.in_features].
 inline void quantize_token(const LayerRun& run, const Matrix& weight, const float* x, int64_t token) {
   if (weight.quantized)
     quantize_row(x, weight.input_scale(), weight.in_features, run.inputs_of(weight), token);
@@ -71,7 +71,7 @@ struct QkvFinish {
   }
 };
 
-// The same where attention is quantised: keys and values are, when a token has all of them. Until then they
+// The same where attention is quantized: keys and values are, when a token has all of them. Until then they
 // lie in the scratch of the range.
 struct QuantizedQkvFinish {
   float* queries;
@@ -151,7 +151,7 @@ PACKEDBERT_INLINE void project_back(const LayerRun& run,
                  begin, end, finish);
 }
 
-// The inputs [begin, end) of project_context and project_down, where these are quantised.
+// The inputs [begin, end) of project_context and project_down, where these are quantized.
 void quantize_context(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   for (int64_t token = begin; token < end; ++token) {

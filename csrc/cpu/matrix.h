@@ -16,7 +16,7 @@ struct Matrix {
 
   const float* floats() const { return static_cast<const float*>(data); }
 
-  // The parts of a quantised one.
+  // The parts of a quantized one.
   const int8_t* values() const { return static_cast<const int8_t*>(data); }
   const float* scale() const {
     const int64_t panels = panel_count(out_features);
@@ -30,7 +30,7 @@ struct Matrix {
   }
 };
 
-// Scratch for the inputs of a quantised matrix, in floats: of each row its scale, its zero point, and its
+// Scratch for the inputs of a quantized matrix, in floats: of each row its scale, its zero point, and its
 // values, of two bytes at most.
 constexpr int64_t quantized_stride(int64_t in_features) {
   // An odd number of half lines, so that rows don't share sets of the first-level cache.

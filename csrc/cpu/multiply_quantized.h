@@ -1,11 +1,11 @@
-// Quantisation of inputs, and the microkernel of quantised products, over Vec and Dot. Included inside the
+// Quantization of inputs, and the microkernel of quantized products, over Vec and Dot. Included inside the
 // namespace and the target region of one instruction set, after its dot_*.h and multiply_tile.h.
 //
 // A row x of inputs becomes integers q, 0 <= q <= 255, a scale and a zero point, with x ~ (q - zero_point) *
 // scale: asymmetric, since what GELU puts out is. Products and their sums are exact, so every instruction set
 // has the same; so are the integers themselves, each of whose roundings is one IEEE 754 operation.
 
-// The inputs of a quantised matrix.
+// The inputs of a quantized matrix.
 struct QuantizedRows {
   float* scale;         // [rows]
   int32_t* zero_point;  // [rows]
@@ -67,8 +67,8 @@ constexpr int64_t kQuantizedTileColumns = 2 * Dot::kColumns;
 constexpr int kQuantizedPasses = kPanelWidth / kQuantizedTileColumns;
 
 // tile [kRows, kQuantizedTileColumns] = the product, as floats.
-//   weight: the first kQuantizedTileColumns columns of [groups, kPanelWidth, kGroup]; scale and column_sums: of
-//   these columns; tile: with tile_stride between rows.
+//   weight: the first kQuantizedTileColumns columns of [groups, kPanelWidth, kGroup]; scale and column_sums:
+//   of these columns; tile: with tile_stride between rows.
 template <int kRows>
 void multiply_quantized_pass(const QuantizedRows& rows,
                              int64_t first_row,

@@ -21,7 +21,7 @@ struct PackedLinear {
   const float* norm_bias;    // [out_features]; null with Norm::none
   float* output;             // [rows, out_features], overlaps nothing
   float*
-      quantized_rows;  // scratch, quantized_rows_size(rows, in_features) floats, if the weight is quantised
+      quantized_rows;  // scratch, quantized_rows_size(rows, in_features) floats, if the weight is quantized
   Activation activation;
   Norm norm;
   float eps;

@@ -5,7 +5,7 @@ inline QuantizedRows quantized_rows_of(const PackedLinear& linear) {
   return QuantizedRows::at(linear.quantized_rows, linear.rows, linear.weight.in_features);
 }
 
-// The input rows [begin, end) of the PackedLinear that context points to, for a quantised weight.
+// The input rows [begin, end) of the PackedLinear that context points to, for a quantized weight.
 void quantize_packed_linear(const void* context, int64_t begin, int64_t end) {
   const PackedLinear& linear = *static_cast<const PackedLinear*>(context);
   const int64_t size = linear.weight.in_features;

@@ -1,7 +1,7 @@
 // Attention with int8 products, over Vec and Dot; the softmax is in float. Included inside the namespace and
 // the target region of one instruction set, after attention_body.h.
 //
-// Queries are quantised as the inputs of a linear layer are, keys as its weights: each key of a head is a
+// Queries are quantized as the inputs of a linear layer are, keys as its weights: each key of a head is a
 // column with a scale of its own. Values have a scale for each key too, which goes into the probabilities:
 // these become integers 0 to 255, of 255 value_scale / (the largest value_scale) times e^(score - maximum),
 // so that the product with the values needs one factor a row.
