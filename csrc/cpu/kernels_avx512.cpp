@@ -25,16 +25,8 @@ constexpr int64_t kNearPrefetch = 0;
 
 // clang-format off: each builds on the one before
 #include "cpu/vec_avx512.h"
-#include "cpu/vec_math.h"
-#include "cpu/multiply_tile.h"
 #include "cpu/dot_avx512.h"
-#include "cpu/multiply_quantized.h"
-#include "cpu/linear_body.h"
-#include "cpu/packed_linear_body.h"
-#include "cpu/attention_body.h"
-#include "cpu/quantized_attention_body.h"
-#include "cpu/pruned_attention_body.h"
-#include "cpu/encoder_body.h"
+#include "cpu/bodies.h"
 // clang-format on
 
 }  // namespace packedbert::cpu::avx512

@@ -20,8 +20,7 @@ struct PackedLinear {
   const float* norm_weight;  // [out_features]; null with Norm::none
   const float* norm_bias;    // [out_features]; null with Norm::none
   float* output;             // [rows, out_features], overlaps nothing
-  float*
-      quantized_rows;  // scratch, quantized_rows_size(rows, in_features) floats, if the weight is quantized
+  float* quantized_rows;     // scratch for a quantized weight: quantized_rows_size(rows, in_features) floats
   Activation activation;
   Norm norm;
   float eps;
