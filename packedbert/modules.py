@@ -22,7 +22,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 from . import dispatch, ops, reference
 from .config import PackedBertConfig
 from .layers import PackedLayer, PrepackedLinear, QuantizedLinear, StoredQuantizedLinear, WeightAndBias
-from .quantization import QuantizationPlan, QuantizedWeight, plan_quantization
+from .quantization import QuantizationPlan, QuantizedWeight, is_skipped, plan_quantization
 from .reference import MATRICES, LayerWeights
 from .structure import EncoderStructure
 
@@ -98,7 +98,7 @@ class PackedEncoder(nn.Module):
     def _expect_quantized(self, skip: Collection[str]) -> None:
         """Make room for a checkpoint's int8 matrices."""
         for name, part in self.matrices().items():
-            if name in skip or name.split(".")[0] in skip:
+            if is_skipped(name, skip):
                 continue
             out_features, in_features = part.weight.shape
             values = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .quantization import packed_size
-from .reference import ACTIVATIONS, NORMS, LayerWeights
+from .reference import ACTIVATIONS, MATRICES, NORMS, LayerWeights
 
 _SCHEMAS = torch.library.Library("packedbert", "DEF")
 
@@ -419,7 +419,7 @@ def encoder_prepacked(
 # ------------------------------------------------------------------------------------------------- encoder
 
 #: For each field of LayerWeights, whether kernels want it prepacked.
-_IS_MATRIX = [name.endswith("weight") and "norm" not in name for name in LayerWeights._fields]
+_IS_MATRIX = [name.removesuffix("_weight") in MATRICES for name in LayerWeights._fields]
 
 
 def _encoder_default(

@@ -9,6 +9,7 @@ arithmetic. BERT is post-norm: what the norm puts out also feeds the residual, s
 is applied when the inputs are quantized.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -140,15 +141,15 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 #: root mean square relative to the outputs'.
 MAX_ERROR = 0.05
 
-#: The exponents of SmoothQuant that are tried for each matrix; 0 smooths nothing.
-_STRENGTHS = (0.0, 0.3, 0.5, 0.7)
+#: The exponents of SmoothQuant that are tried for each matrix, beside no smoothing.
+_STRENGTHS = (0.3, 0.5, 0.7)
 
 
 class Observed(NamedTuple):
     """The inputs of one matrix on calibration data."""
 
     largest: Tensor  # float32 [in_features]: the largest absolute value of each channel
-    rows: Tensor  # float32 [at most CALIBRATION_ROWS, in_features]: a sample of them
+    rows: Tensor  # float32 [at most calibration.KEPT_ROWS, in_features]: a sample of them
 
 
 #: What `packedbert.calibrate` returns. BERT's name in the model ("" if it is the model) -> matrix ("3.down") -> inputs.
@@ -175,6 +176,11 @@ def _smoothing(largest: Tensor, weight: Tensor, strength: float) -> Tensor:
     return torch.where((largest > 0) & (columns > 0), s, torch.ones_like(s)).clamp(1e-4, 1e4)
 
 
+def is_skipped(name: str, skip: Collection[str]) -> bool:
+    """Whether `skip` names that matrix ("3.down") or its layer ("3")."""
+    return name in skip or name.split(".")[0] in skip
+
+
 def plan_quantization(
     weights: dict[str, Tensor], skip: str | tuple[str, ...], observed: dict[str, Observed] | None
 ) -> QuantizationPlan:
@@ -193,7 +199,7 @@ def plan_quantization(
     if unknown:
         raise ValueError(f"skip: expected layers or matrices of this model, got {', '.join(sorted(unknown))}")
     for name, weight in weights.items():
-        if skip != "auto" and (name in skip or name.split(".")[0] in skip):
+        if skip != "auto" and is_skipped(name, skip):
             continue
         weight = weight.float()
         if observed is None or 0 in weight.shape:
@@ -205,9 +211,8 @@ def plan_quantization(
                 f"calibration: expected one of this model, got one with "
                 f"{'nothing' if seen is None else f'{seen.largest.shape[0]} inputs'} for {name} {list(weight.shape)}"
             )
-        candidates = [quantize_weight(weight)] + [
-            quantize_weight(weight, _smoothing(seen.largest, weight, strength)) for strength in _STRENGTHS if strength
-        ]
+        smoothings = [None, *(_smoothing(seen.largest, weight, strength) for strength in _STRENGTHS)]
+        candidates = [quantize_weight(weight, smoothing) for smoothing in smoothings]
         by_error = [(relative_error(seen.rows, weight, candidate), index) for index, candidate in enumerate(candidates)]
         errors[name], best = min(by_error)
         if skip != "auto" or errors[name] <= MAX_ERROR:
