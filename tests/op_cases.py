@@ -1,5 +1,7 @@
 """Arguments of the ops for the tests, and what their results are held to."""
 
+import itertools
+
 import torch
 
 from packedbert import ops
@@ -18,6 +20,14 @@ def random_layers(num_heads, widths, head_size=4, hidden=HIDDEN, dtype=torch.flo
         shapes += [(width, hidden), (width,), (hidden, width), *[(hidden,)] * 3]
         weights += [torch.randn(shape, generator=generator, dtype=torch.float64) * size for shape in shapes]
     return [weight.to(dtype) for weight in weights]
+
+
+def ragged_qkv(lengths, heads, head_size, size=1.0):
+    """float64 qkv [tokens, 3 * heads * head_size] and cu_seqlens."""
+    generator = torch.Generator().manual_seed(sum(lengths) + 31 * head_size)
+    bounds = [0, *itertools.accumulate(lengths)]
+    qkv = torch.randn(bounds[-1], 3 * heads * head_size, generator=generator, dtype=torch.float64) * size
+    return qkv, torch.tensor(bounds, dtype=torch.int32)
 
 
 def prepacked_layers(weights):

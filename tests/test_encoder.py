@@ -1,7 +1,6 @@
 """The native attention and encoder: every instruction set, any number of threads, long and ragged batches."""
 
 import concurrent.futures
-import itertools
 import os
 import subprocess
 import sys
@@ -11,17 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import assert_as_exact_as_torch, prepacked_layers, random_layers
+from op_cases import assert_as_exact_as_torch, prepacked_layers, ragged_qkv, random_layers
 
 from packedbert import ops, reference
-
-
-def ragged_qkv(lengths, heads, head_size, size=1.0):
-    """float64 qkv [tokens, 3 * heads * head_size] and cu_seqlens."""
-    generator = torch.Generator().manual_seed(sum(lengths) + 31 * head_size)
-    bounds = [0, *itertools.accumulate(lengths)]
-    qkv = torch.randn(bounds[-1], 3 * heads * head_size, generator=generator, dtype=torch.float64) * size
-    return qkv, torch.tensor(bounds, dtype=torch.int32)
 
 
 def encoder_case(batch, length, real, hidden=48, heads=(3, 0, 2), widths=(70, 33, 0), head_size=8):

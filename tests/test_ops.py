@@ -170,7 +170,11 @@ def opcheck_cases():
     return {
         "prepack_linear": [((torch.randn(9, 7),), {}), ((torch.randn(0, 7),), {})],
         "packed_linear": [((), single), ((), plain)],
-        "pruned_attention": [((qkv, bounds, 2, "fp32"), {}), ((qkv, bounds, 2, "int8"), {})],
+        "pruned_attention": [
+            ((qkv, bounds, 2, "fp32"), {}),
+            ((torch.randn(6, 0), bounds, 0, "fp32"), {}),
+            ((qkv, bounds, 2, "int8"), {}),
+        ],
         "encoder_prepacked": [
             ((hidden, None, prepacked_layers(weights), [2, 0], "gelu", "layer_norm", 1e-12, "fp32"), {}),
             ((hidden, mask != 0, prepacked_layers(weights), [2, 0], "relu", "no_norm", 0.0, "int8"), {}),

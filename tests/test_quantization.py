@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import random_layers
+from op_cases import ragged_qkv, random_layers
 
 from packedbert import dispatch, ops, quantization, reference
 from packedbert.quantization import QuantizedWeight, pack_quantized, quantize_rows, quantize_weight, unpack_quantized
@@ -234,9 +234,9 @@ def test_bits_do_not_depend_on_threads_or_batch(isa, threads, attention):
 # -------------------------------------------------------------------------------------------------- attention
 
 
-def ragged_qkv(lengths, heads, head_size, size=1.0):
-    bounds = [0, *itertools.accumulate(lengths)]
-    return torch.randn(bounds[-1], 3 * heads * head_size) * size, torch.tensor(bounds, dtype=torch.int32)
+def float_qkv(*arguments):
+    qkv, bounds = ragged_qkv(*arguments)
+    return qkv.float(), bounds
 
 
 def relative(got, expected):
@@ -246,7 +246,7 @@ def relative(got, expected):
 @pytest.mark.parametrize("head_size", [1, 7, 32, 64, 130])
 def test_int8_attention(isa, head_size):
     """The kernel is the oracle, but where a float that is off in the last bit is rounded to the next integer."""
-    qkv, bounds = ragged_qkv([0, 1, 33, 5, 100, 14], 3, head_size)
+    qkv, bounds = float_qkv([0, 1, 33, 5, 100, 14], 3, head_size)
     got = ops.pruned_attention(qkv, bounds, 3, "int8")
     oracle = reference.pruned_attention(qkv, bounds, 3, "int8")
     exact = reference.pruned_attention(qkv, bounds, 3)
@@ -257,7 +257,7 @@ def test_int8_attention(isa, head_size):
 
 @pytest.mark.parametrize(("length", "size"), [(511, 1.0), (513, 1.0), (1100, 0.2), (700, 3.0)])
 def test_int8_attention_over_long_sequences(isa, length, size):
-    qkv, bounds = ragged_qkv([length, 3], 1, 64, size)
+    qkv, bounds = float_qkv([length, 3], 1, 64, size)
     got = ops.pruned_attention(qkv, bounds, 1, "int8")
     assert relative(got, reference.pruned_attention(qkv, bounds, 1)) < 0.06
 
@@ -265,7 +265,7 @@ def test_int8_attention_over_long_sequences(isa, length, size):
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_int8_attention_shows_a_nan(isa, part):
     """In a query: that query's context. In a key or a value: all of the sequence. Never another sequence or head."""
-    qkv, bounds = ragged_qkv([50, 20], 2, 16)
+    qkv, bounds = float_qkv([50, 20], 2, 16)
     clean = ops.pruned_attention(qkv, bounds, 2, "int8")
     qkv[7, part * 32 + 3] = float("nan")
     got = ops.pruned_attention(qkv, bounds, 2, "int8")
@@ -276,7 +276,7 @@ def test_int8_attention_shows_a_nan(isa, part):
 
 
 def test_int8_attention_has_the_same_bits_in_any_batch(isa):
-    qkv, bounds = ragged_qkv([50, 9, 70], 2, 64)
+    qkv, bounds = float_qkv([50, 9, 70], 2, 64)
     together = ops.pruned_attention(qkv, bounds, 2, "int8")
     for begin, end in itertools.pairwise(bounds.tolist()):
         alone = ops.pruned_attention(qkv[begin:end], torch.tensor([0, end - begin], dtype=torch.int32), 2, "int8")
@@ -305,7 +305,7 @@ def test_what_is_no_packed_weight_is_refused(weight, text):
 
 
 def test_attention_says_what_does_not_fit():
-    qkv, bounds = ragged_qkv([3], 1, 513)
+    qkv, bounds = float_qkv([3], 1, 513)
     with pytest.raises(RuntimeError, match="precision: expected 'fp32' with heads of more than 512 dimensions"):
         ops.pruned_attention(qkv, bounds, 1, "int8")
     with pytest.raises((ValueError, RuntimeError), match="precision: expected one of"):
