@@ -107,8 +107,7 @@ def int8_table(rows: list[Row]) -> str:
         lines += [
             "",
             f"The same run. On registers alone this machine's int8 products run at {row['int8_gops']} GOP/s, "
-            f"{ratio:.2f}x its float32 rate"
-            + ("." if "vnni" in row["isa"] else ": it has no VNNI, which makes that 4x."),
+            f"{ratio:.2f}x its float32 rate" + ("." if "vnni" in row["isa"] else ". It has no VNNI."),
         ]
     return "\n".join(lines) if int8 else ""
 
