@@ -79,7 +79,9 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
 
 PyMODINIT_FUNC PyInit__C() {
   PyObject* self = PyModule_Create(&module);
-  if (self && PyModule_AddIntConstant(self, "PANEL_WIDTH", packedbert::kPanelWidth) < 0) {
+  if (self && (PyModule_AddIntConstant(self, "PANEL_WIDTH", packedbert::kPanelWidth) < 0 ||
+               PyModule_AddIntConstant(self, "TILE_OUTPUTS", packedbert::kTileOutputs) < 0 ||
+               PyModule_AddIntConstant(self, "TILE_INPUTS", packedbert::kTileInputs) < 0)) {
     Py_DECREF(self);
     return nullptr;
   }

@@ -48,17 +48,18 @@ def _check(condition: bool, op: str, argument: str, expected: object, got: objec
         raise ValueError(f"packedbert::{op}: {argument}: expected {expected}, got {got}")
 
 
-def _native_layout(device: torch.device) -> bool:
-    return dispatch.NATIVE is not None and device.type == "cpu"
-
-
 # ------------------------------------------------------------------------------------------ prepack_linear
 
+_HALVES = (torch.float16, torch.bfloat16)
 
-def _prepacked_shape(out_features: int, in_features: int, device: torch.device) -> tuple[int, ...]:
-    if _native_layout(device):
-        panel = dispatch.NATIVE.PANEL_WIDTH  # type: ignore[union-attr]
-        return (-(-out_features // panel), in_features, panel)
+
+def _prepacked_shape(out_features: int, in_features: int, device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
+    native = dispatch.NATIVE
+    if native is not None and device.type == "cpu":
+        return (-(-out_features // native.PANEL_WIDTH), in_features, native.PANEL_WIDTH)
+    if native is not None and native.cuda_built() and device.type == "cuda" and dtype in _HALVES:
+        outputs, inputs = native.TILE_OUTPUTS, native.TILE_INPUTS
+        return (-(-out_features // outputs), -(-in_features // inputs), outputs, inputs)
     return (out_features, in_features)
 
 
@@ -69,7 +70,7 @@ def _prepack_linear_default(weight: Tensor) -> Tensor:
 
 def _prepack_linear_fake(weight: Tensor) -> Tensor:
     _check(weight.dim() == 2, "prepack_linear", "weight", "[out_features, in_features]", list(weight.shape))
-    return weight.new_empty(_prepacked_shape(weight.shape[0], weight.shape[1], weight.device))
+    return weight.new_empty(_prepacked_shape(*weight.shape, weight.device, weight.dtype))
 
 
 def prepack_linear(weight: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ def prepack_linear(weight: Tensor) -> Tensor:
         weight: [out_features, in_features]; float32 on a CPU with the native library.
 
     Returns: a new tensor on the same device. Native CPU: [ceil(out_features / P), in_features, P] panels, zero
-    padded, P = `packedbert._C.PANEL_WIDTH`. Elsewhere: a copy.
+    padded, P = `packedbert._C.PANEL_WIDTH`. CUDA kernels in half precision: tiles of 64 outputs and 32 inputs (see
+    csrc/packed_layout.h). Elsewhere: a copy.
 
     Raises:
         ValueError, RuntimeError: wrong number of dimensions, dtype.
@@ -108,7 +110,7 @@ def _packed_linear_check(
         shape: tuple[int, ...] = (packed_size(out_features, input.shape[-1]),)
         maker = "pack_quantized"
     else:
-        shape = _prepacked_shape(out_features, input.shape[-1], input.device)
+        shape = _prepacked_shape(out_features, input.shape[-1], input.device, input.dtype)
         maker = "prepack_linear"
     _check(tuple(weight.shape) == shape, op, "weight", f"{list(shape)}, as {maker} returns it", list(weight.shape))
     _check(activation in ACTIVATIONS, op, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))

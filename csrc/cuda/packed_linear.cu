@@ -1,141 +1,363 @@
-// packed_linear for CUDA, as plainly as it can be written: no tensor cores, no shared-memory tiles. It
-// defines the right answers for the fast kernels to come. nvcc compiles it; it has NOT been run on a GPU yet.
+// A block of threads computes a tile of the output. It walks along the in_features in steps of kTileInputs:
+// copies of the next kStages - 1 steps are under way (cp.async) while one is multiplied out of shared memory.
 #include "cuda/packed_linear.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "cuda/elements.cuh"
+#include "packed_layout.h"
 
 namespace packedbert::cuda {
+
+constexpr int kStages = 4;
+constexpr int kChunkBytes = 16;
+constexpr int kRowBytes = kTileInputs * 2;  // of a row of a step, in shared memory
+constexpr int kRowChunks = kRowBytes / kChunkBytes;
+constexpr int kMmaRows = 16;      // of an mma.m16n8k16
+constexpr int kWarpColumns = 32;  // four of its 8: see tile_output
+
+// A block's tile, and how its warps share it.
+template <int kRows_, int kColumns_, int kRowWarps_>
+struct Tile {
+  static constexpr int kRows = kRows_;
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kRowWarps = kRowWarps_;
+  static constexpr int kColumnWarps = kColumns / kWarpColumns;
+  static constexpr int kThreads = kRowWarps * kColumnWarps * kWarp;
+  static constexpr int kWarpRows = kRows / kRowWarps;
+  static constexpr int kFragments = kWarpRows / kMmaRows;
+  static constexpr int kInputBytes = kRows * kRowBytes;
+  static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  // What a thread copies of a step.
+  static constexpr int kInputCopies = kRows * kRowChunks / kThreads;
+  static constexpr int kWeightCopies = kColumns * kRowChunks / kThreads;
+  static_assert(kInputCopies * kThreads == kRows * kRowChunks);
+  static_assert(kWeightCopies * kThreads == kColumns * kRowChunks);
+};
+
+// Many tokens; some; few, where reading the weights is all that counts.
+using LargeTile = Tile<128, 128, 2>;
+using MiddleTile = Tile<64, 64, 2>;
+using SmallTile = Tile<32, 64, 2>;
+
+// What a kernel gets.
+struct LinearArguments {
+  const void* input;
+  const void* weight;
+  const void* bias;
+  const void* residual;
+  void* output;
+  float* sums;
+  const int32_t* rows_used;
+  int64_t input_pitch;
+  int64_t residual_pitch;
+  int64_t output_pitch;
+  int rows;
+  int in_features;
+  int out_features;
+  int steps;  // of all in_features
+  int steps_of_split;
+  bool aligned;  // rows of residual and output, and the bias, to 16 bytes
+  Activation activation;
+};
+
+template <typename T, typename Tile, bool kSums>
+__global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArguments a) {
+  const int first_row = blockIdx.y * Tile::kRows;
+  const int rows = a.rows_used ? *a.rows_used : a.rows;
+  if (first_row >= rows) return;
+
+  const int thread = threadIdx.x;
+  const int lane = thread % kWarp;
+  const int warp = thread / kWarp;
+  const int warp_row = warp / Tile::kColumnWarps * Tile::kWarpRows;
+  const int warp_column = warp % Tile::kColumnWarps * kWarpColumns;
+  const int first_step = blockIdx.z * a.steps_of_split;
+  const int steps = min(a.steps_of_split, a.steps - first_step);
+  const SharedAddress shared = shared_address(dynamic_shared_memory());
+
+  // ---- Copies. All that doesn't change from step to step is computed here.
+  const T* source[Tile::kInputCopies];
+  int source_bytes[Tile::kInputCopies];  // from there to the end of the row; 0 or less: nothing is left
+  SharedAddress target[Tile::kInputCopies];
+#pragma unroll
+  for (int i = 0; i < Tile::kInputCopies; ++i) {
+    const int row = (thread + i * Tile::kThreads) / kRowChunks;
+    const int chunk = thread % kRowChunks;
+    const int input = first_step * kTileInputs + chunk * kChunk;
+    const bool used = first_row + row < rows;
+    source[i] = static_cast<const T*>(a.input) + (used ? first_row + row : 0) * a.input_pitch + input;
+    source_bytes[i] = used ? (a.in_features - input) * 2 : 0;
+    target[i] = shared + row * kRowBytes + tile_chunk(row, chunk) * kChunkBytes;
+  }
+  // The weights of a step are kColumns / kTileOutputs tiles, each of them contiguous.
+  const T* weight_source[Tile::kWeightCopies];
+#pragma unroll
+  for (int i = 0; i < Tile::kWeightCopies; ++i) {
+    constexpr int tile_chunks = kTileOutputs * kRowChunks;
+    const int chunk = thread + i * Tile::kThreads;
+    const int64_t tile = int64_t{blockIdx.x} * (Tile::kColumns / kTileOutputs) + chunk / tile_chunks;
+    const bool exists = tile * kTileOutputs < a.out_features;
+    weight_source[i] = static_cast<const T*>(a.weight) +
+                       ((exists ? tile : 0) * a.steps + first_step) * (kTileOutputs * kTileInputs) +
+                       chunk % tile_chunks * kChunk;
+  }
+  const SharedAddress weight_target = shared + Tile::kInputBytes + thread * kChunkBytes;
+
+  int stage_to_fill = 0;
+  int steps_to_copy = steps;
+  const auto copy_step = [&] {
+    if (steps_to_copy > 0) {
+      const int offset = stage_to_fill * Tile::kStageBytes;
+#pragma unroll
+      for (int i = 0; i < Tile::kInputCopies; ++i) {
+        copy_async(target[i] + offset, source[i], max(0, min(kChunkBytes, source_bytes[i])));
+        source[i] += kTileInputs;
+        source_bytes[i] -= kRowBytes;
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kWeightCopies; ++i) {
+        copy_async(weight_target + offset + i * Tile::kThreads * kChunkBytes, weight_source[i], kChunkBytes);
+        weight_source[i] += kTileOutputs * kTileInputs;
+      }
+      --steps_to_copy;
+      stage_to_fill = stage_to_fill == kStages - 1 ? 0 : stage_to_fill + 1;
+    }
+    commit_copies();  // an empty group too: the waits below count groups
+  };
+
+  // ---- Products. Lane l gives ldmatrix the address of row l % 16 (of the weights: 8 rows of two groups of
+  // outputs), first or second half of the inputs.
+  const int input_row = lane % 16;
+  const int weight_row = lane % 8 + lane / 16 * 8;
+  SharedAddress input_address[2];
+  SharedAddress weight_address[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int input_chunk = tile_chunk(input_row, half * 2 + lane / 16);
+    const int weight_chunk = tile_chunk(weight_row, half * 2 + lane / 8 % 2);
+    input_address[half] = shared + (warp_row + input_row) * kRowBytes + input_chunk * kChunkBytes;
+    weight_address[half] =
+        shared + Tile::kInputBytes + (warp_column + weight_row) * kRowBytes + weight_chunk * kChunkBytes;
+  }
+
+  float sums[Tile::kFragments][4][4] = {};
+  int stage = 0;
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) copy_step();
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // everyone's copies are there, and everyone is done with the stage that is filled next
+    copy_step();
+    const int offset = stage * Tile::kStageBytes;
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t inputs[Tile::kFragments][4];
+      uint32_t weights[2][4];
+#pragma unroll
+      for (int i = 0; i < Tile::kFragments; ++i) {
+        load_matrices(inputs[i], input_address[half] + offset + i * kMmaRows * kRowBytes);
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        load_matrices(weights[j], weight_address[half] + offset + j * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kFragments; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          multiply_add<T>(sums[i][j], inputs[i], weights[j / 2][j % 2 * 2], weights[j / 2][j % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+
+  // ---- Epilogue: the thread has 8 neighbouring outputs of every 8th row.
+  const int column = blockIdx.x * Tile::kColumns + warp_column + lane % 4 * kEight;
+  const int count = a.out_features - column;
+  if (count <= 0) return;
+  float bias[kEight] = {};
+  if constexpr (!kSums) load_eight(static_cast<const T*>(a.bias) + column, count, a.aligned, bias);
+#pragma unroll
+  for (int i = 0; i < Tile::kFragments; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + warp_row + i * kMmaRows + half * 8 + lane / 4;
+      if (row >= rows) continue;
+      float x[kEight];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        x[2 * j] = sums[i][j][2 * half];
+        x[2 * j + 1] = sums[i][j][2 * half + 1];
+      }
+      if constexpr (kSums) {
+        float* target = a.sums + (int64_t{blockIdx.z} * a.rows + row) * a.out_features + column;
+        store_eight(target, count, a.aligned, x);
+      } else {
+        float residual[kEight] = {};
+        if (a.residual) {
+          const T* from = static_cast<const T*>(a.residual) + row * a.residual_pitch + column;
+          load_eight(from, count, a.aligned, residual);
+        }
+#pragma unroll
+        for (int e = 0; e < kEight; ++e) x[e] = activate(a.activation, x[e] + bias[e]) + residual[e];
+        store_eight(static_cast<T*>(a.output) + row * a.output_pitch + column, count, a.aligned, x);
+      }
+    }
+  }
+}
+
 namespace {
 
-constexpr int kThreads = 256;  // of a block, in both kernels
-constexpr int kWarp = 32;
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __half from_float<__half>(float x) {
-  return __float2half(x);
-}
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16(x);
+bool is_aligned(const void* pointer, int64_t pitch, int64_t element_size) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && pitch * element_size % 16 == 0;
 }
 
-__device__ float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::relu:
-      return x < 0.0f ? 0.0f : x;  // in this order a NaN stays a NaN
-    case Activation::gelu:
-      // Below -14, x Phi(x) is 0 in float; without the bound -infinity would become a NaN.
-      x = x < -14.0f ? -14.0f : x;
-      return x * normcdff(x);
-    case Activation::gelu_new:
-      x = x < -100.0f ? -100.0f : x;
-      return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    default:
-      return x;
-  }
-}
-
-// output = activation(input weight^T + bias) + residual. One thread an output, in a grid-stride loop.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) linear_kernel(const PackedLinear linear) {
-  const T* weight = static_cast<const T*>(linear.weight);
-  const int64_t count = linear.rows * linear.out_features;
-  const int64_t step = int64_t{gridDim.x} * kThreads;
-  for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < count; at += step) {
-    const int64_t row = at / linear.out_features;
-    const int64_t column = at % linear.out_features;
-    const T* x = static_cast<const T*>(linear.input) + row * linear.in_features;
-    const T* w = weight + column * linear.in_features;
-    float sum = 0.0f;
-    for (int64_t k = 0; k < linear.in_features; ++k) sum = fmaf(to_float(x[k]), to_float(w[k]), sum);
-    float y = activate(linear.activation, sum + to_float(static_cast<const T*>(linear.bias)[column]));
-    if (linear.residual) y += to_float(static_cast<const T*>(linear.residual)[at]);
-    static_cast<T*>(linear.output)[at] = from_float<T>(y);
-  }
-}
-
-// The sum of `value` over the block, for every thread of it.
-__device__ float block_sum(float value) {
-  __shared__ float warp_sums[kThreads / kWarp];
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
-  }
-  __syncthreads();  // an earlier call's sums have been read
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  float sum = 0.0f;
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += warp_sums[warp];
-  return sum;
-}
-
-// Normalises the rows of output [rows, out_features] in place. One block a row, in a grid-stride loop.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const PackedLinear linear) {
-  const T* norm_weight = static_cast<const T*>(linear.norm_weight);
-  const T* norm_bias = static_cast<const T*>(linear.norm_bias);
-  const int64_t size = linear.out_features;
-  for (int64_t row = blockIdx.x; row < linear.rows; row += gridDim.x) {
-    T* x = static_cast<T*>(linear.output) + row * size;
-    float mean = 0.0f;
-    float scale = 1.0f;
-    if (linear.norm == Norm::layer_norm) {
-      float sum = 0.0f;
-      for (int64_t i = threadIdx.x; i < size; i += kThreads) sum += to_float(x[i]);
-      mean = block_sum(sum) / static_cast<float>(size);
-      float squares = 0.0f;
-      for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-        const float d = to_float(x[i]) - mean;
-        squares = fmaf(d, d, squares);
-      }
-      scale = 1.0f / sqrtf(block_sum(squares) / static_cast<float>(size) + linear.eps);
-    }
-    for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-      x[i] = from_float<T>(
-          fmaf((to_float(x[i]) - mean) * scale, to_float(norm_weight[i]), to_float(norm_bias[i])));
-    }
-  }
-}
-
-unsigned int grid_for(int64_t blocks) {
-  constexpr int64_t most = 1 << 20;  // the kernels' loops take the rest
-  return static_cast<unsigned int>(blocks < most ? blocks : most);
+template <typename T, typename Tile>
+cudaError_t launch_tile(const PackedLinear& linear, cudaStream_t stream) {
+  const int64_t steps = step_count(linear.in_features);
+  const int64_t steps_of_split = (steps + linear.plan.splits - 1) / linear.plan.splits;
+  const bool sums = linear.sums != nullptr;
+  const LinearArguments arguments{
+      .input = linear.input,
+      .weight = linear.weight,
+      .bias = linear.bias,
+      .residual = linear.residual,
+      .output = linear.output,
+      .sums = linear.sums,
+      .rows_used = linear.rows_used,
+      .input_pitch = linear.input_pitch,
+      .residual_pitch = linear.residual_pitch,
+      .output_pitch = linear.output_pitch,
+      .rows = static_cast<int>(linear.rows),
+      .in_features = static_cast<int>(linear.in_features),
+      .out_features = static_cast<int>(linear.out_features),
+      .steps = static_cast<int>(steps),
+      .steps_of_split = static_cast<int>(steps_of_split),
+      .aligned = sums ? is_aligned(linear.sums, linear.out_features, sizeof(float))
+                      : is_aligned(linear.bias, 0, 2) && is_aligned(linear.output, linear.output_pitch, 2) &&
+                            is_aligned(linear.residual, linear.residual_pitch, 2),
+      .activation = linear.activation,
+  };
+  const dim3 grid(static_cast<unsigned>((linear.out_features + Tile::kColumns - 1) / Tile::kColumns),
+                  static_cast<unsigned>((linear.rows + Tile::kRows - 1) / Tile::kRows),
+                  static_cast<unsigned>(linear.plan.splits));
+  const auto kernel = sums ? &linear_kernel<T, Tile, true> : &linear_kernel<T, Tile, false>;
+  return launch(kernel, grid, Tile::kThreads, Tile::kSharedBytes, stream, arguments);
 }
 
 template <typename T>
-cudaError_t launch(const PackedLinear& linear, cudaStream_t stream) {
-  const int64_t count = linear.rows * linear.out_features;
-  if (count == 0) return cudaSuccess;  // an empty grid is a launch error
-  linear_kernel<T><<<grid_for((count + kThreads - 1) / kThreads), kThreads, 0, stream>>>(linear);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  if (linear.norm == Norm::none) return cudaSuccess;
-  norm_kernel<T><<<grid_for(linear.rows), kThreads, 0, stream>>>(linear);
-  return cudaGetLastError();
+cudaError_t launch_plan(const PackedLinear& linear, cudaStream_t stream) {
+  if (linear.plan.rows == LargeTile::kRows) return launch_tile<T, LargeTile>(linear, stream);
+  if (linear.plan.rows == MiddleTile::kRows) return launch_tile<T, MiddleTile>(linear, stream);
+  return launch_tile<T, SmallTile>(linear, stream);
 }
 
 }  // namespace
 
 cudaError_t packed_linear(const PackedLinear& linear, cudaStream_t stream) {
+  if (linear.rows == 0 || linear.out_features == 0) return cudaSuccess;  // an empty grid is a launch error
   switch (linear.dtype) {
-    case Dtype::float32:
-      return launch<float>(linear, stream);
     case Dtype::float16:
-      return launch<__half>(linear, stream);
+      return launch_plan<__half>(linear, stream);
     case Dtype::bfloat16:
-      return launch<__nv_bfloat16>(linear, stream);
+      return launch_plan<__nv_bfloat16>(linear, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
+}
+
+// ---------------------------------------------------------------- the plan
+
+LinearPlan plan_linear(
+    int64_t rows, int64_t out_features, int64_t in_features, int multiprocessors, bool may_split) {
+  // Estimated, not measured: what a multiprocessor does in the time of one step of a LargeTile. Smaller tiles
+  // read more of shared memory for each product, and few tokens wait for the weights.
+  struct Choice {
+    int rows;
+    int columns;
+    double step;   // time of a step of a block that has its multiprocessor to itself
+    int together;  // blocks that share a multiprocessor at about no loss to each
+  };
+  constexpr Choice choices[] = {
+      {LargeTile::kRows, LargeTile::kColumns, 1.0, 1},
+      {MiddleTile::kRows, MiddleTile::kColumns, 0.45, 2},
+      {SmallTile::kRows, SmallTile::kColumns, 0.35, 2},
+  };
+  constexpr double start = 6.0;  // filling the pipeline, and the epilogue
+  constexpr double part = 1.5;   // writing and adding one part of the sums, for each wave of it
+  constexpr int64_t max_splits = 8;
+  constexpr int64_t steps_worth_a_split = 4;
+
+  const int64_t steps = step_count(in_features);
+  LinearPlan best{SmallTile::kRows, SmallTile::kColumns, 1};
+  double least = 0.0;
+  for (const Choice& choice : choices) {
+    const int64_t tiles =
+        (rows + choice.rows - 1) / choice.rows * ((out_features + choice.columns - 1) / choice.columns);
+    for (int64_t splits = 1; splits <= max_splits; splits *= 2) {
+      const int64_t steps_of_split = (steps + splits - 1) / splits;
+      // No part is empty, and none too short to be worth its sums.
+      if (splits > 1 &&
+          (!may_split || steps_of_split < steps_worth_a_split || steps_of_split * (splits - 1) >= steps)) {
+        continue;
+      }
+      const int64_t slots = int64_t{multiprocessors} * choice.together;
+      const int64_t waves = (tiles * splits + slots - 1) / slots;
+      const double time =
+          static_cast<double>(waves) * (start + choice.step * static_cast<double>(steps_of_split)) +
+          (splits > 1 ? part * static_cast<double>(splits) : 0.0);
+      if (least == 0.0 || time < least) {
+        least = time;
+        best = {choice.rows, choice.columns, static_cast<int>(splits)};
+      }
+    }
+  }
+  return best;
+}
+
+// ---------------------------------------------------------------- prepacking
+
+struct PrepackArguments {
+  const uint16_t* weight;
+  uint16_t* packed;
+  int out_features;
+  int in_features;
+  int steps;
+};
+
+constexpr int kPrepackThreads = 256;
+
+// One block a tile and step.
+__global__ void __launch_bounds__(kPrepackThreads) prepack_kernel(const PrepackArguments a) {
+  const int64_t tile = blockIdx.y;
+  const int step = blockIdx.x;
+  uint16_t* packed = a.packed + (tile * a.steps + step) * (kTileOutputs * kTileInputs);
+  for (int i = threadIdx.x; i < kTileOutputs * kTileInputs; i += kPrepackThreads) {
+    const int row = i / kTileInputs;
+    const int input = i % kTileInputs;
+    const int64_t from_row = tile * kTileOutputs + tile_output(row);
+    const int from_column = step * kTileInputs + input;
+    const bool exists = from_row < a.out_features && from_column < a.in_features;
+    packed[row * kTileInputs + tile_chunk(row, input / kChunk) * kChunk + input % kChunk] =
+        exists ? a.weight[from_row * a.in_features + from_column] : 0;
+  }
+}
+
+cudaError_t prepack_weight(
+    const void* weight, int64_t out_features, int64_t in_features, void* packed, cudaStream_t stream) {
+  if (out_features == 0 || in_features == 0) return cudaSuccess;
+  const PrepackArguments arguments{
+      .weight = static_cast<const uint16_t*>(weight),
+      .packed = static_cast<uint16_t*>(packed),
+      .out_features = static_cast<int>(out_features),
+      .in_features = static_cast<int>(in_features),
+      .steps = static_cast<int>(step_count(in_features)),
+  };
+  const dim3 grid(static_cast<unsigned>(step_count(in_features)),
+                  static_cast<unsigned>(tile_count(out_features)));
+  return launch(&prepack_kernel, grid, kPrepackThreads, 0, stream, arguments);
 }
 
 }  // namespace packedbert::cuda

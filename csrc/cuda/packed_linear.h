@@ -1,35 +1,55 @@
-// y = norm(activation(x W^T + b) + residual) on a CUDA device.
+// activation(x W^T + bias) + residual on tensor cores, or a part of its sums.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "cuda/dtype.h"
 #include "epilogue.h"
 
 namespace packedbert::cuda {
 
-enum class Dtype { float32, float16, bfloat16 };
+// How a product is cut into blocks of threads.
+struct LinearPlan {
+  int rows;     // of a block's tile of the output
+  int columns;  // of it
+  int splits;   // parts of the in_features, each with blocks of its own: 1 unless the sums are wanted
+};
 
-// Every array is of the same type, row-major and contiguous. A size may be 0.
+// The plan with the least estimated time: a pure function, so that the same shapes always round alike.
+//
+// may_split: a row_epilogue follows, which adds the parts. `multiprocessors`: of the device.
+LinearPlan plan_linear(
+    int64_t rows, int64_t out_features, int64_t in_features, int multiprocessors, bool may_split);
+
+// Every matrix is row-major; a pitch is the distance of its rows, in elements. A size may be 0.
 struct PackedLinear {
-  Dtype dtype;
+  Dtype dtype;  // float16 or bfloat16
+  LinearPlan plan;
   int64_t rows;
   int64_t in_features;
   int64_t out_features;
-  const void* input;        // [rows, in_features]
-  const void* weight;       // [out_features, in_features]: the canonical layout
-  const void* bias;         // [out_features]
-  const void* residual;     // [rows, out_features], or null
-  const void* norm_weight;  // [out_features]; null with Norm::none
-  const void* norm_bias;    // [out_features]; null with Norm::none
-  void* output;             // [rows, out_features], overlaps nothing
+  const int32_t* rows_used;  // on the device: rows from there on may stay unwritten; null: all are used
+  const void* input;         // [rows, in_features], rows aligned to 16 bytes
+  int64_t input_pitch;
+  const void* weight;    // as prepack_weight made it
+  const void* bias;      // [out_features]
+  const void* residual;  // [rows, out_features], or null
+  int64_t residual_pitch;
+  void* output;  // [rows, out_features], overlaps nothing but the residual
+  int64_t output_pitch;
+  // Instead of `output` (then null): float [splits, rows, out_features], the products alone. Their sum over
+  // the splits is x W^T; bias, residual and activation are left to row_epilogue.
+  float* sums;
   Activation activation;
-  Norm norm;
-  float eps;
 };
 
 // Queues the work on `stream` of the current device, and returns the error of the launch, if any.
 cudaError_t packed_linear(const PackedLinear& linear, cudaStream_t stream);
+
+// weight [out_features, in_features], contiguous, to the layout in packed_layout.h.
+cudaError_t prepack_weight(
+    const void* weight, int64_t out_features, int64_t in_features, void* packed, cudaStream_t stream);
 
 }  // namespace packedbert::cuda

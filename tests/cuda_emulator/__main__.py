@@ -1,0 +1,5 @@
+"""The child process of `cuda_emulator.run`."""
+
+from . import serve
+
+serve()

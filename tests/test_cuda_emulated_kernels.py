@@ -1,0 +1,207 @@
+"""The CUDA kernels, compiled by g++ and run on the CPU: what they compute, where they read and write, and when.
+
+None of this ran on a GPU. What it can't show: races between blocks, the order of memory operations, speed.
+"""
+
+import re
+
+import cuda_emulator
+import numpy as np
+import pytest
+import torch
+from cuda_cases import all_cases, linear, small_cases, to_numpy
+
+from packedbert import reference
+
+pytestmark = pytest.mark.skipif(bool(cuda_emulator.why_not()), reason=cuda_emulator.why_not() or "-")
+
+#: (build, seed of the scheduler, when copies land: see emulator.h).
+WAYS = [
+    ("plain", 0, 1),
+    *[("races", seed, copies) for seed, copies in ((1, 1), (2, 0), (3, 2), (4, 1))],
+    *[("address", seed, 1) for seed in (1, 2, 3, 4)],
+]
+
+
+def run_cases(cases, mode, **options):
+    """Run them in one child process; fail with all that went wrong."""
+    answers = cuda_emulator.run([(case.method, case.arguments) for case in cases], mode, **options)
+    wrong = []
+    launches = []
+    for case, answer in zip(cases, answers, strict=True):
+        try:
+            assert not isinstance(answer, str), answer
+            case.check(answer[0])
+            launches += answer[1]
+        except AssertionError as error:
+            wrong.append(f"{case.name}: {str(error).splitlines()[0]}")
+    assert not wrong, f"{len(wrong)} of {len(cases)} cases: " + "\n".join(wrong[:10])
+    return launches
+
+
+@pytest.mark.parametrize("mode", ["plain", "races", "address"])
+def test_every_instantiation_with_every_epilogue(mode):
+    launches = run_cases(all_cases(), mode, seed=5)
+    assert sum(launch["matrix_loads"] for launch in launches) > 10_000
+    assert sum(launch["bank_conflicts"] for launch in launches) == 0
+
+
+@pytest.mark.parametrize(("mode", "seed", "copies_land"), WAYS)
+def test_every_order_of_execution_gives_the_same(mode, seed, copies_land):
+    run_cases(small_cases(), mode, seed=seed, copies_land=copies_land)
+
+
+def test_every_kernel_in_the_sources_is_run():
+    """No instantiation can be added to a launcher without a case that reaches it: those here are all there are."""
+    answers = cuda_emulator.run([(case.method, case.arguments) for case in small_cases()], only_record=True)
+    launched = {launch["kernel"] for answer in answers for launch in answer[1]}
+    assert len([name for name in launched if "linear_kernel" in name]) == 12  # 2 dtypes, 3 tiles, sums or output
+    assert len([name for name in launched if "row_kernel" in name]) == 9  # 3 dtypes, 3 sizes
+    assert len([name for name in launched if "attention_kernel" in name]) == 9  # 3 dtypes, 3 sizes
+
+
+@pytest.mark.parametrize("mode", ["plain", "races", "address"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tokens_are_gathered_by_any_mask(mode, dtype):
+    generator = torch.Generator().manual_seed(0)
+    calls, expected = [], []
+    for batch, length, size in ((1, 1, 8), (3, 40, 20), (2, 33, 9), (70, 3, 8), (4, 0, 8)):
+        padded = torch.randn(batch, length, size, generator=generator).to(dtype)
+        mask = torch.rand(batch, length, generator=generator) < 0.6
+        mask[0] = False
+        for m in (mask, torch.ones_like(mask), None):
+            name = str(dtype).removeprefix("torch.")
+            given = None if m is None else m.numpy()
+            calls.append(("gather", {"dtype": name, "padded": to_numpy(padded), "mask": given}))
+            expected.append((to_numpy(padded), (torch.ones_like(mask) if m is None else m).numpy()))
+    for answer, (padded, mask) in zip(cuda_emulator.run(calls, mode, seed=1), expected, strict=True):
+        assert not isinstance(answer, str), answer
+        cu_seqlens, tokens, positions, output = answer[0]
+        count = mask.sum()
+        assert cu_seqlens.tolist() == [0, *mask.sum(1).cumsum().tolist()]
+        assert positions[:count].tolist() == np.flatnonzero(mask).tolist()
+        assert tokens[:count].tobytes() == padded[mask].tobytes()
+        assert not output[~mask].any()
+
+
+def test_the_plan_is_sound_for_every_shape():
+    kernels = cuda_emulator.Kernels(only_record=True)
+    for rows in (1, 16, 32, 128, 384, 1024, 16384):
+        for out_features, in_features in ((768, 768), (768, 96), (2304, 768), (717, 768), (768, 717), (1, 1), (768, 0)):
+            for multiprocessors, may_split in ((82, True), (108, True), (132, False)):
+                tile_rows, columns, splits = kernels.plan(rows, out_features, in_features, multiprocessors, may_split)
+                assert (tile_rows, columns) in ((128, 128), (64, 64), (32, 64))
+                steps = -(-in_features // 32)
+                assert splits == 1 or (may_split and -(-steps // splits) * (splits - 1) < steps)  # no part is empty
+    # Few tokens: enough blocks for the chip. Many: the tile with the fewest bytes for each product.
+    tile_rows, columns, splits = kernels.plan(32, 768, 768, 108, True)
+    assert 768 // columns * splits >= 24
+    assert kernels.plan(16384, 768, 768, 108, True) == (128, 128, 1)
+
+
+def test_one_layer_of_the_seed_through_all_kernels():
+    """gather, qkv, attention, out-projection, norm, up, down, norm, in the order in which a layer runs them."""
+    dtype, hidden, heads, width = torch.float16, 768, 2, 96
+    generator = torch.Generator().manual_seed(3)
+
+    def half(*shape, size=1.0):
+        return (torch.randn(shape, generator=generator) * size).to(dtype)
+
+    inner = heads * 64
+    qkv_w, qkv_b = half(3 * inner, hidden, size=0.05), half(3 * inner)
+    out_w, out_b = half(hidden, inner, size=0.05), half(hidden)
+    up_w, up_b = half(width, hidden, size=0.05), half(width)
+    down_w, down_b = half(hidden, width, size=0.05), half(hidden)
+    norms = [half(hidden) for _ in range(4)]
+    padded = half(3, 20, hidden)
+    mask = torch.arange(20) < torch.tensor([[20], [0], [7]])
+
+    one = cuda_emulator.Kernels()
+    cu_seqlens, x, _, _ = one.gather("float16", to_numpy(padded), mask.numpy())
+    x = np.ascontiguousarray(x[: cu_seqlens[-1]])
+
+    def linear_of(kernels, x, weight, bias, may_split, **more):
+        plan = kernels.plan(len(x), len(weight), x.shape[1], 108, may_split)
+        return kernels.linear("float16", x, to_numpy(weight), to_numpy(bias), plan, **more)
+
+    def norm_of(x, weight, bias, residual, norm):
+        one = cuda_emulator.Kernels()
+        plan = one.plan(len(x), len(weight), x.shape[1], 108, True)
+        if plan[2] == 1:
+            y = one.linear("float16", x, to_numpy(weight), to_numpy(bias), plan, residual=residual)
+            return one.rows("float16", None, y, None, None, "none", "layer_norm", *map(to_numpy, norm))
+        sums = one.linear("float16", x, to_numpy(weight), to_numpy(bias), plan, "sums").astype(np.float32)[None]
+        return one.rows("float16", sums, None, to_numpy(bias), residual, "none", "layer_norm", *map(to_numpy, norm))
+
+    qkv = np.ascontiguousarray(linear_of(one, x, qkv_w, qkv_b, False))
+    context = np.ascontiguousarray(one.attention("float16", qkv, cu_seqlens, heads))
+    attended = np.ascontiguousarray(norm_of(context, out_w, out_b, x, norms[:2]))
+    up = np.ascontiguousarray(linear_of(one, attended, up_w, up_b, False, activation="gelu"))
+    got = torch.from_numpy(np.ascontiguousarray(norm_of(up, down_w, down_b, attended, norms[2:])))
+
+    weights = [qkv_w, qkv_b, out_w, out_b, *norms[:2], up_w, up_b, down_w, down_b, *norms[2:]]
+
+    def expected(dtype):
+        cast = [w.to(dtype) for w in weights]
+        return reference.encoder(padded.to(dtype), mask, cast, [heads], "gelu", "layer_norm", 1e-5)[mask]
+
+    from op_cases import assert_as_exact_as_torch
+
+    assert_as_exact_as_torch(got, expected(torch.float16), expected(torch.float64))
+
+
+# ---------------------------------------------------------------------------------------------- the tester is tested
+
+#: What is broken in a copy of the sources -> (file, what stands there, what instead, build that sees it, its words).
+BUGS = {
+    "no barrier before a step's products": (
+        "packed_linear.cu", "    __syncthreads();  // everyone's copies", "    // everyone's copies", "races", "race"),
+    "no wait for copies": (
+        "packed_linear.cu", "wait_for_copies<kStages - 2>();", "", "plain", "AssertionError|wrong|cases"),
+    "one stage too few is waited for": (
+        "packed_linear.cu", "wait_for_copies<kStages - 2>();", "wait_for_copies<kStages - 1>();", "plain", "cases"),
+    "shared memory a row short": (
+        "packed_linear.cu", "kSharedBytes = kStages * kStageBytes", "kSharedBytes = kStages * kStageBytes - 64",
+        "plain", "outside of shared memory|offset"),
+    "a chunk is copied beyond the end of a row": (
+        "packed_linear.cu", "max(0, min(kChunkBytes, source_bytes[i]))", "kChunkBytes", "address", "heap-buffer-overflow|cases"),
+    "a row more is stored": (
+        "packed_linear.cu", "if (row >= rows) continue;", "if (row > rows) continue;", "address", "heap-buffer-overflow"),
+    "weights are not swizzled": (
+        "packed_linear.cu", "tile_chunk(weight_row, half * 2 + lane / 8 % 2)", "(half * 2 + lane / 8 % 2)", "plain", "cases"),
+    "no barrier before keys are replaced": (
+        "pruned_attention.cu", "    __syncthreads();  // everyone is done with this stage", "", "races", "race"),
+    "float keys are replaced too early": (
+        "pruned_attention.cu", "    __syncthreads();  // everyone is done with the keys", "    // the keys", "races", "race"),
+    "keys beyond the end are attended to": (
+        "pruned_attention.cu", "if (keys_left < kKeys) {", "if (false) {", "plain", "cases"),
+    "a shuffle among lanes that are not there": (
+        "row_epilogue.cu", "  if (row >= rows) return;",
+        "  if (row >= rows || lane * kEight >= a.size) return;", "plain", "deadlock|diverge"),
+    "a barrier in a branch": (
+        "ragged_batch.cu", "  __syncthreads();\n  if (warp > 0) return;", "  if (warp > 0) return;\n  __syncthreads();",
+        "plain", "deadlock"),
+    "the variance of padding is counted": (
+        "row_epilogue.cu", "column + i < a.size ? x[i] - mean : 0.0f", "x[i] - mean", "plain", "cases"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug, tmp_path):
+    import shutil
+
+    file, text, broken, mode, words = BUGS[bug]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(cuda_emulator.CSRC, csrc)
+    source = (csrc / "cuda" / file).read_text()
+    assert source.count(text) == 1, "the bug no longer fits the source: plant it anew"
+    (csrc / "cuda" / file).write_text(source.replace(text, broken))
+    if file == "ragged_batch.cu":
+        call = ("gather", {"dtype": "float32", "padded": np.ones((3, 5, 8), np.float32), "mask": None})
+        answers = cuda_emulator.run([call], mode, csrc, seed=1)
+        assert re.search(words, str(answers[0])), answers
+        return
+    with pytest.raises(AssertionError, match=words):
+        cases = [case for case in small_cases() if case.method in file or case.method[:4] in file]
+        cases += [linear("float16", (32, 64), 33, 200, 64)] if "linear" in file else []
+        run_cases(cases, mode, csrc=csrc, seed=1)

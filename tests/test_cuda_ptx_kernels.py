@@ -1,0 +1,67 @@
+"""The PTX that nvcc makes of the CUDA kernels, run by an interpreter: the one check that sees the inline assembly.
+
+The emulator notes each launch (grid, shared memory, the bytes of its arguments) without running it; the interpreter
+then runs the instructions themselves on the same arrays. None of this ran on a GPU.
+"""
+
+import subprocess
+
+import cuda_emulator
+import pytest
+from cuda_cases import small_cases
+from cuda_emulator import ptx
+
+NVCC = cuda_emulator.CUDA_HOME / "bin/nvcc"
+REASON = cuda_emulator.why_not() or ("" if NVCC.exists() else f"needs nvcc, looked for {NVCC}")
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON or "-")
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def kernels(request, tmp_path_factory):
+    """Mangled name -> kernel, of all sources."""
+    folder = tmp_path_factory.mktemp(request.param)
+    sources = sorted((cuda_emulator.CSRC / "cuda").glob("*.cu"))
+    flags = ["-O3", "-std=c++20", f"-I{cuda_emulator.CSRC}", f"-arch={request.param}", "-ptx"]
+    compilers = [subprocess.Popen([NVCC, *flags, file, "-o", folder / f"{file.stem}.ptx"]) for file in sources]
+    assert [compiler.wait() for compiler in compilers] == [0] * len(sources)
+    found = {}
+    for file in sources:
+        found |= ptx.Module((folder / f"{file.stem}.ptx").read_text()).kernels
+    return found
+
+
+def interpret(kernels, recorded):
+    """Run what was recorded, on the arrays that it was given."""
+    memory = ptx.Memory(recorded.buffers)
+    names = []
+    for launch in recorded.launches():
+        block = (launch["threads"], 1, 1)
+        kernel = kernels[launch["kernel"]]
+        ptx.launch(kernel, launch["grid"], block, launch["shared_bytes"], launch["arguments"], memory, seed=1)
+        names.append(launch["kernel"])
+    return names
+
+
+def test_every_instantiation(kernels):
+    ran = set()
+    for case in small_cases():
+        recorded = cuda_emulator.Kernels(only_record=True)
+        result = getattr(recorded, case.method)(**case.arguments)
+        ran.update(interpret(kernels, recorded))
+        if case.arguments.get("activation") == "sums":  # the method has summed them before they were there
+            result = recorded.buffers[-1].sum(0, dtype="float64")
+        case.check(result)
+    import numpy as np
+
+    for dtype in ("float32", "float16", "bfloat16"):
+        recorded = cuda_emulator.Kernels(only_record=True)
+        mask = np.random.default_rng(0).random((3, 40)) < 0.5
+        padded = np.arange(3 * 40 * 9).reshape(3, 40, 9).astype(dtype if dtype != "bfloat16" else np.uint16)
+        cu_seqlens, tokens, positions, output = recorded.gather(dtype, padded, mask)
+        ran.update(interpret(kernels, recorded))
+        count = mask.sum()
+        assert cu_seqlens.tolist() == [0, *mask.sum(1).cumsum().tolist()]
+        assert positions[:count].tolist() == np.flatnonzero(mask).tolist()
+        assert tokens[:count].tobytes() == padded[mask].tobytes()
+        assert not output[~mask].any()
+    assert ran == set(kernels)  # every kernel that nvcc made
