@@ -121,7 +121,7 @@ def native_extension(toolkit: Path | None) -> Extension:
         library_dirs=[str(folder) for folder in library_dirs],
         libraries=libraries,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        depends=[str(header.relative_to(ROOT)) for header in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")])],
+        depends=[str(header.relative_to(ROOT)) for header in sorted(ROOT.glob("csrc/**/*.*h"))],
         py_limited_api=True,
     )
 

@@ -70,7 +70,7 @@ def _prepack_linear_default(weight: Tensor) -> Tensor:
 
 def _prepack_linear_fake(weight: Tensor) -> Tensor:
     _check(weight.dim() == 2, "prepack_linear", "weight", "[out_features, in_features]", list(weight.shape))
-    return weight.new_empty(_prepacked_shape(*weight.shape, weight.device, weight.dtype))
+    return weight.new_empty(_prepacked_shape(weight.shape[0], weight.shape[1], weight.device, weight.dtype))
 
 
 def prepack_linear(weight: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ None of this ran on a GPU. What it can't show: races between blocks, the order o
 """
 
 import re
+import shutil
+from typing import NamedTuple
 
 import cuda_emulator
 import numpy as np
 import pytest
 import torch
 from cuda_cases import all_cases, linear, small_cases, to_numpy
+from op_cases import assert_as_exact_as_torch
 
 from packedbert import reference
 
@@ -145,63 +148,86 @@ def test_one_layer_of_the_seed_through_all_kernels():
         cast = [w.to(dtype) for w in weights]
         return reference.encoder(padded.to(dtype), mask, cast, [heads], "gelu", "layer_norm", 1e-5)[mask]
 
-    from op_cases import assert_as_exact_as_torch
-
     assert_as_exact_as_torch(got, expected(torch.float16), expected(torch.float64))
 
 
 # ---------------------------------------------------------------------------------------------- the tester is tested
 
-#: What is broken in a copy of the sources -> (file, what stands there, what instead, build that sees it, its words).
+
+class Bug(NamedTuple):
+    """What is broken in a copy of the sources, and what sees it."""
+
+    file: str
+    text: str
+    broken: str
+    mode: str
+    words: str  # of the failure
+
+
+STORED = "if (row >= rows) continue;"
 BUGS = {
-    "no barrier before a step's products": (
-        "packed_linear.cu", "    __syncthreads();  // everyone's copies", "    // everyone's copies", "races", "race"),
-    "no wait for copies": (
-        "packed_linear.cu", "wait_for_copies<kStages - 2>();", "", "plain", "AssertionError|wrong|cases"),
-    "one stage too few is waited for": (
-        "packed_linear.cu", "wait_for_copies<kStages - 2>();", "wait_for_copies<kStages - 1>();", "plain", "cases"),
-    "shared memory a row short": (
-        "packed_linear.cu", "kSharedBytes = kStages * kStageBytes", "kSharedBytes = kStages * kStageBytes - 64",
-        "plain", "outside of shared memory|offset"),
-    "a chunk is copied beyond the end of a row": (
-        "packed_linear.cu", "max(0, min(kChunkBytes, source_bytes[i]))", "kChunkBytes", "address", "heap-buffer-overflow|cases"),
-    "a row more is stored": (
-        "packed_linear.cu", "if (row >= rows) continue;", "if (row > rows) continue;", "address", "heap-buffer-overflow"),
-    "weights are not swizzled": (
-        "packed_linear.cu", "tile_chunk(weight_row, half * 2 + lane / 8 % 2)", "(half * 2 + lane / 8 % 2)", "plain", "cases"),
-    "no barrier before keys are replaced": (
-        "pruned_attention.cu", "    __syncthreads();  // everyone is done with this stage", "", "races", "race"),
-    "float keys are replaced too early": (
-        "pruned_attention.cu", "    __syncthreads();  // everyone is done with the keys", "    // the keys", "races", "race"),
-    "keys beyond the end are attended to": (
-        "pruned_attention.cu", "if (keys_left < kKeys) {", "if (false) {", "plain", "cases"),
-    "a shuffle among lanes that are not there": (
-        "row_epilogue.cu", "  if (row >= rows) return;",
-        "  if (row >= rows || lane * kEight >= a.size) return;", "plain", "deadlock|diverge"),
-    "a barrier in a branch": (
-        "ragged_batch.cu", "  __syncthreads();\n  if (warp > 0) return;", "  if (warp > 0) return;\n  __syncthreads();",
-        "plain", "deadlock"),
-    "the variance of padding is counted": (
-        "row_epilogue.cu", "column + i < a.size ? x[i] - mean : 0.0f", "x[i] - mean", "plain", "cases"),
-}  # fmt: skip
+    "no barrier before a step's products": Bug(
+        "packed_linear", "    __syncthreads();  // everyone's", "    // everyone's", "races", "race"
+    ),
+    "no wait for copies": Bug("packed_linear", "wait_for_copies<kStages - 2>();", "", "plain", "cases"),
+    "one stage too few is waited for": Bug(
+        "packed_linear", "wait_for_copies<kStages - 2>();", "wait_for_copies<kStages - 1>();", "plain", "cases"
+    ),
+    "shared memory a row short": Bug(
+        "packed_linear", "= kStages * kStageBytes", "= kStages * kStageBytes - 64", "plain", "outside of shared|offset"
+    ),
+    "a chunk is copied beyond the end of a row": Bug(
+        "packed_linear", "max(0, min(kChunkBytes, source_bytes[i]))", "kChunkBytes", "address", "overflow|cases"
+    ),
+    "a row more is stored": Bug("packed_linear", STORED, "if (row > rows) continue;", "address", "overflow"),
+    "weights are read as if they were not swizzled": Bug(
+        "packed_linear", "tile_chunk(weight_row, half * 2 + lane / 8 % 2)", "half * 2 + lane / 8 % 2", "plain", "cases"
+    ),
+    "no barrier before keys are replaced": Bug(
+        "pruned_attention", "    __syncthreads();  // everyone is done with this stage", "", "races", "race"
+    ),
+    "float keys are replaced too early": Bug(
+        "pruned_attention", "    __syncthreads();  // everyone is done with the keys", "    // keys", "races", "race"
+    ),
+    "keys beyond the end are attended to": Bug(
+        "pruned_attention", "if (keys_left < kKeys) {", "if (false) {", "plain", "cases"
+    ),
+    "lanes leave before a shuffle": Bug(
+        "row_epilogue",
+        "  if (row >= rows) return;",
+        "  if (row >= rows || lane * kEight >= a.size) return;",
+        "plain",
+        "deadlock|diverge",
+    ),
+    "the variance of what is beyond a row is counted": Bug(
+        "row_epilogue", "column + i < a.size ? x[i] - mean : 0.0f", "x[i] - mean", "plain", "cases"
+    ),
+    "a barrier in a branch": Bug(
+        "ragged_batch",
+        "  __syncthreads();\n  if (warp > 0) return;",
+        "  if (warp > 0) return;\n  __syncthreads();",
+        "plain",
+        "deadlock",
+    ),
+}
+METHODS = {"packed_linear": "linear", "row_epilogue": "rows", "pruned_attention": "attention"}
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug, tmp_path):
-    import shutil
-
-    file, text, broken, mode, words = BUGS[bug]
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, tmp_path):
+    bug = BUGS[name]
     csrc = tmp_path / "csrc"
     shutil.copytree(cuda_emulator.CSRC, csrc)
-    source = (csrc / "cuda" / file).read_text()
-    assert source.count(text) == 1, "the bug no longer fits the source: plant it anew"
-    (csrc / "cuda" / file).write_text(source.replace(text, broken))
-    if file == "ragged_batch.cu":
+    file = csrc / "cuda" / f"{bug.file}.cu"
+    source = file.read_text()
+    assert source.count(bug.text) == 1, "the bug no longer fits the source: plant it anew"
+    file.write_text(source.replace(bug.text, bug.broken))
+    if bug.file == "ragged_batch":
         call = ("gather", {"dtype": "float32", "padded": np.ones((3, 5, 8), np.float32), "mask": None})
-        answers = cuda_emulator.run([call], mode, csrc, seed=1)
-        assert re.search(words, str(answers[0])), answers
+        answers = cuda_emulator.run([call], bug.mode, csrc, seed=1)
+        assert re.search(bug.words, str(answers[0])), answers
         return
-    with pytest.raises(AssertionError, match=words):
-        cases = [case for case in small_cases() if case.method in file or case.method[:4] in file]
-        cases += [linear("float16", (32, 64), 33, 200, 64)] if "linear" in file else []
-        run_cases(cases, mode, csrc=csrc, seed=1)
+    cases = [case for case in small_cases() if case.method == METHODS[bug.file]]
+    cases.append(linear("float16", (32, 64), 33, 200, 64))
+    with pytest.raises(AssertionError, match=bug.words):
+        run_cases(cases, bug.mode, csrc=csrc, seed=1)

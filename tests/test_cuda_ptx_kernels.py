@@ -7,6 +7,7 @@ then runs the instructions themselves on the same arrays. None of this ran on a 
 import subprocess
 
 import cuda_emulator
+import numpy as np
 import pytest
 from cuda_cases import small_cases
 from cuda_emulator import ptx
@@ -51,8 +52,6 @@ def test_every_instantiation(kernels):
         if case.arguments.get("activation") == "sums":  # the method has summed them before they were there
             result = recorded.buffers[-1].sum(0, dtype="float64")
         case.check(result)
-    import numpy as np
-
     for dtype in ("float32", "float16", "bfloat16"):
         recorded = cuda_emulator.Kernels(only_record=True)
         mask = np.random.default_rng(0).random((3, 40)) < 0.5

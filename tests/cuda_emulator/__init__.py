@@ -51,33 +51,38 @@ def build(mode: str, csrc: Path = CSRC) -> Path:
     import pybind11
 
     sources = sorted((csrc / "cuda").glob("*.cu")) + [HERE / "emulator.cpp", HERE / "bindings.cpp"]
-    headers = [*csrc.glob("*.h"), *(csrc / "cuda").glob("*.*h"), HERE / "emulator.h"]
-    digest = hashlib.sha256(repr(MODES[mode]).encode())
-    for file in [*sources, *sorted(headers)]:
-        digest.update(file.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"packedbert-emulator-{os.getuid()}" / digest.hexdigest()[:16]
+    headers = sorted([*csrc.glob("*.h"), *(csrc / "cuda").glob("*.*h"), HERE / "emulator.h"])
+    of_all = repr(MODES[mode]).encode() + b"".join(file.read_bytes() for file in headers)
+    cache = Path(tempfile.gettempdir()) / f"packedbert-emulator-{os.getuid()}"
+    cache.mkdir(exist_ok=True)
+    # Named after what they are made from, so that only what changed is compiled.
+    objects = [
+        cache / f"{file.stem}-{hashlib.sha256(of_all + file.read_bytes()).hexdigest()[:16]}.o" for file in sources
+    ]
+    folder = cache / hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
     library = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
     of_kernels, of_emulator = MODES[mode]
     common = ["-std=c++20", "-O2", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DPACKEDBERT_EMULATED"]
     common += [f"-I{csrc}", f"-I{HERE}", f"-I{CUDA_HOME / 'include'}", f"-I{pybind11.get_include()}"]
     common += [f"-I{sysconfig.get_path('include')}", "-DPACKEDBERT_EMULATOR_MODULE=emulated"]
     compilers = []
-    objects = []
-    for source in sources:
-        kernel = source.suffix == ".cu"
-        target = folder / f"{source.stem}.{os.getpid()}.o"
-        command = ["g++", *common, *(of_kernels if kernel else of_emulator)]
-        if kernel:
-            command += ["-include", str(HERE / "emulator.h"), "-x", "c++"]
-        compilers.append(subprocess.Popen([*command, "-c", source, "-o", target], stderr=subprocess.PIPE, text=True))
-        objects.append(target)
-    for compiler in compilers:
+    for source, target in zip(sources, objects, strict=True):
+        if target.exists():
+            continue
+        flags = of_emulator
+        if source.suffix == ".cu":
+            flags = [*of_kernels, "-include", str(HERE / "emulator.h"), "-x", "c++"]
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        command = ["g++", *common, *flags, "-c", source, "-o", unfinished]
+        compilers.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), unfinished, target))
+    for compiler, unfinished, target in compilers:
         errors = compiler.communicate()[1]
         if compiler.returncode:
             raise RuntimeError(f"the emulator doesn't compile ({mode}):\n{errors}")
+        unfinished.rename(target)
+    folder.mkdir(exist_ok=True)
     unfinished = folder / f"unfinished.{os.getpid()}"
     subprocess.run(["g++", "-shared", *of_emulator, *objects, "-ldl", "-o", unfinished], check=True)
     unfinished.rename(library)
@@ -273,7 +278,7 @@ def run(calls: list[tuple[str, dict[str, Any]]], mode: str = "plain", csrc: Path
             cwd=HERE.parent,
             env=environment,
             capture_output=True,
-        )  # noqa: E501  fmt: skip
+        )
         answers = []
         if results.exists():
             with results.open("rb") as file:
