@@ -72,6 +72,8 @@ struct HalfAttention {
   static constexpr int kStages = 2;                     // keys and values being read, and the next
   static constexpr int kSharedBytes = (1 + 2 * kStages) * kTileBytes;
   static_assert(kQueries == kKeys);
+  // At least so many blocks a multiprocessor. Without a number ptxas aims higher, and spills on sm_120.
+  static constexpr int kBlocks = kHead > 64 ? 2 : 3;
 
   // Where a chunk lies in a tile, in bytes: so that eight rows' chunks of one column are in different banks.
   static __device__ __forceinline__ int offset(int row, int chunk) {
@@ -129,7 +131,8 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 }
 
 template <typename T, int kHead, bool kAny>
-__global__ void __launch_bounds__(kAttentionThreads) half_attention_kernel(const AttentionArguments a) {
+__global__ void __launch_bounds__(kAttentionThreads, HalfAttention<T, kHead, kAny>::kBlocks)
+    half_attention_kernel(const AttentionArguments a) {
   using Shape = HalfAttention<T, kHead, kAny>;
   const QueryTile tile = find_tile<kQueries>(a, blockIdx.x);
   if (tile.length == 0) return;

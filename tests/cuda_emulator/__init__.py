@@ -50,7 +50,7 @@ def build(mode: str, csrc: Path = CSRC) -> Path:
     """Compile the kernels below `csrc` for a mode, or find what was compiled from the same sources before."""
     import pybind11
 
-    sources = sorted((csrc / "cuda").glob("*.cu")) + [HERE / "emulator.cpp", HERE / "bindings.cpp"]
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), HERE / "emulator.cpp", HERE / "bindings.cpp"]
     headers = sorted([*csrc.glob("*.h"), *(csrc / "cuda").glob("*.*h"), HERE / "emulator.h"])
     of_all = repr(MODES[mode]).encode() + b"".join(file.read_bytes() for file in headers)
     cache = Path(tempfile.gettempdir()) / f"packedbert-emulator-{os.getuid()}"

@@ -25,6 +25,7 @@ FULL = 0xFFFFFFFF  # the mask of all lanes
 LANES = np.arange(WARP, dtype=np.uint32)
 ALL = slice(None)  # the positions of all lanes: indexing with it makes no copy
 STEPS = np.arange(8)[:, None]
+SHIFT = {1: 0, 2: 1, 4: 2, 8: 3}
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 FLOAT = {2: np.float16, 4: np.float32, 8: np.float64}
@@ -215,7 +216,7 @@ class Memory:
         result = np.zeros((count, WARP), UNSIGNED[width])
         for segment, positions in self._split(addresses, mask, width * count, write=False):
             words, origin = segment.words(width)
-            values = words[(addresses[positions] - origin) // width + STEPS[:count]]
+            values = words[(addresses[positions] - origin >> SHIFT[width]) + STEPS[:count]]
             if positions is ALL:
                 return values
             result[:, positions] = values
@@ -226,7 +227,7 @@ class Memory:
         count, width = len(values), values.itemsize
         for segment, positions in self._split(addresses, mask, width * count, write=True):
             words, origin = segment.words(width)
-            words[(addresses[positions] - origin) // width + STEPS[:count]] = values[:, positions]
+            words[(addresses[positions] - origin >> SHIFT[width]) + STEPS[:count]] = values[:, positions]
 
     def update(self, addresses: Values, mask: int, width: int, change: Callable[[int, Values], Values]) -> Values:
         """Replaces word by word, lane after lane, with change(lane, old word); returns the old words [32]."""
@@ -591,7 +592,7 @@ def _store(code: Instruction):
 
     def store(warp: "Warp") -> None:
         memory, addresses = access(warp)
-        memory.scatter(addresses, warp.active, np.stack([read(warp) for read in reads]))
+        memory.scatter(addresses, warp.active, np.array([read(warp) for read in reads]))
 
     return store
 
@@ -649,8 +650,11 @@ def _cp_async(code: Instruction):
         whole = mask_of(sizes == size) & warp.active
         data = np.zeros((size // 4, WARP), np.uint32)
         if whole:
-            data = np.where(lanes_of(whole), warp.spaces["global"].gather(addresses, whole, 4, size // 4), data)
-        for lane in np.flatnonzero(lanes_of(warp.active & ~whole) & (sizes > 0)).tolist():
+            data = warp.spaces["global"].gather(addresses, whole, 4, size // 4)
+        if whole != FULL:
+            data = np.where(lanes_of(whole), data, 0)
+        rest = warp.active & ~whole & mask_of(sizes != 0)
+        for lane in LANES[positions_of(rest)].tolist():
             if sizes[lane] > size or addresses[lane] % size:
                 raise Fault(f"source size {sizes[lane]} of {size} at {int(addresses[lane]):#x}, by lane {lane}")
             row = np.zeros(size, np.uint8)
@@ -717,8 +721,9 @@ def _fma(a: Values, b: Values, c: Values) -> Values:
     """The product is exact in float64 unless the operands themselves are float64: then fractions round once."""
     result = a.astype(np.float64) * b + c
     if a.dtype == np.float64:
-        for i in np.flatnonzero(np.isfinite(result) & (result != 0)):
-            result[i] = float(Fraction(a[i]) * Fraction(b[i]) + Fraction(c[i]))
+        for i in np.flatnonzero(np.isfinite(result)):
+            if exact := Fraction(a[i]) * Fraction(b[i]) + Fraction(c[i]):
+                result[i] = float(exact)
     return result
 
 
@@ -1204,7 +1209,7 @@ def _mma(code: Instruction):
             for registers, decode, order in zip(reads, decoders, orders, strict=True)
         )
         results = (one @ two).ravel()[RESULT_ORDER]
-        results = results + np.stack([read(warp) for read in reads_accumulator])
+        results = results + np.array([read(warp) for read in reads_accumulator])
         if expected == "s32":
             results = results.astype(np.int64)
         for write, values in zip(writes, results, strict=True):
