@@ -24,7 +24,7 @@ def test_every_architecture_keeps_to_the_committed_table():
 
 def test_local_memory_is_refused(tmp_path):
     (tmp_path / "bad.cu").write_text(
-        "__global__ void bad(float* x, int i) { float y[64]; for (int j = 0; j < 64; ++j) y[j] = x[j]; "
+        "__global__ void bad(float* x, int i) { float y[64]; for (int j = 0; j < 64; ++j) y[j * i % 64] = x[j]; "
         "x[0] = y[i] + y[i + 1]; }\n"
     )
     run = check("--sources", tmp_path, "--arch", "sm_86")
