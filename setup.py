@@ -107,7 +107,7 @@ def native_extension(toolkit: Path | None) -> Extension:
         cpp_extension.CUDA_HOME = str(toolkit)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
         cxx.append("-DPACKEDBERT_CUDA")
-        sources += sorted(ROOT.glob("csrc/cuda/*.cu"))
+        sources += sorted([*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")])
         include_dirs.append(toolkit / "include")
         library_dirs = [folder for folder in (toolkit / "lib64", toolkit / "lib") if folder.is_dir()]
         # The static runtime: the file then loads on machines without CUDA too. It shares the device context,

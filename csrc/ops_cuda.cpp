@@ -3,7 +3,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <array>
 
+#include "cuda/encoder.h"
 #include "cuda/packed_linear.h"
 #include "cuda/pruned_attention.h"
 #include "cuda/row_epilogue.h"
@@ -229,10 +231,181 @@ Tensor pruned_attention_cuda(const Tensor& qkv,
   return output;
 }
 
+// ---------------------------------------------------------------- encoder_prepacked
+
+constexpr const char* kEncoder = "encoder_prepacked";
+constexpr size_t kTensorsOfALayer = 12;  // reference.LayerWeights
+
+// Takes one tensor after the other of the flat list of weights, each checked.
+struct WeightReader {
+  const std::vector<Tensor>& weights;
+  const Tensor& like;
+  size_t at = 0;
+
+  const void* next(const Shape& shape) {
+    const std::string name = "weights[" + std::to_string(at) + "]";
+    const Tensor& tensor = weights[at++];
+    const Checker check{kEncoder, like};
+    check(name.c_str(), tensor, shape);
+    if (!tensor.is_contiguous()) fail(kEncoder, name.c_str(), "a contiguous tensor", "strides");
+    return tensor.const_data_ptr();
+  }
+  const void* vector(int64_t size) { return next({size}); }
+  cuda::Matrix matrix(int64_t out_features, int64_t in_features) {
+    const bool tiles = like.scalar_type() != ScalarType::Float;
+    const Shape shape =
+        tiles ? Shape{tile_count(out_features), step_count(in_features), kTileOutputs, kTileInputs}
+              : Shape{out_features, in_features};
+    return {next(shape), out_features, in_features};
+  }
+  // The length of the vector that comes `ahead` tensors after the next.
+  int64_t peek(size_t ahead) const {
+    const Tensor& tensor = weights[at + ahead];
+    if (tensor.dim() != 1) {
+      fail(kEncoder, "weights", "a vector at " + std::to_string(at + ahead), to_string(shape_of(tensor)));
+    }
+    return tensor.size(0);
+  }
+};
+
+std::vector<cuda::EncoderLayer> take_layers(const std::vector<Tensor>& weights,
+                                            const std::vector<int64_t>& num_heads,
+                                            const Tensor& like) {
+  const int64_t hidden = like.size(2);
+  if (weights.size() != kTensorsOfALayer * num_heads.size()) {
+    fail(kEncoder, "weights",
+         std::to_string(kTensorsOfALayer * num_heads.size()) + " tensors for " +
+             std::to_string(num_heads.size()) + " layers",
+         std::to_string(weights.size()));
+  }
+  std::vector<cuda::EncoderLayer> layers;
+  WeightReader read{weights, like};
+  for (const int64_t heads : num_heads) {
+    const int64_t qkv = read.peek(1);
+    if (heads < 0 || (heads == 0 ? qkv != 0 : qkv % (3 * heads) != 0)) {
+      fail(kEncoder, "num_heads", "a divisor of a third of " + std::to_string(qkv) + " qkv features",
+           std::to_string(heads));
+    }
+    const int64_t inner = qkv / 3;
+    const int64_t head_size = heads == 0 ? 0 : inner / heads;
+    if (head_size > cuda::kMaxHeadSize) {
+      fail(kEncoder, "weights",
+           "heads of at most " + std::to_string(cuda::kMaxHeadSize) + " dimensions on a GPU",
+           std::to_string(head_size));
+    }
+    const int64_t width = read.peek(7);
+    layers.push_back({
+        .heads = heads,
+        .head_size = head_size,
+        .qkv = read.matrix(qkv, hidden),
+        .qkv_bias = read.vector(qkv),
+        .attention_output = read.matrix(hidden, inner),
+        .attention_output_bias = read.vector(hidden),
+        .attention_norm_weight = read.vector(hidden),
+        .attention_norm_bias = read.vector(hidden),
+        .up = read.matrix(width, hidden),
+        .up_bias = read.vector(width),
+        .down = read.matrix(hidden, width),
+        .down_bias = read.vector(hidden),
+        .output_norm_weight = read.vector(hidden),
+        .output_norm_bias = read.vector(hidden),
+    });
+  }
+  return layers;
+}
+
+// A FloatProduct: PyTorch's. `context` is a tensor on the device.
+cudaError_t torch_product(const void* context,
+                          const float* x,
+                          int64_t rows,
+                          int64_t pitch,
+                          const cuda::Matrix& weight,
+                          float* sums) {
+  const auto device = static_cast<const Tensor*>(context)->device();
+  const auto wrap = [&](const void* data, int64_t height, int64_t width, int64_t row_stride) {
+    return torch::stable::from_blob(const_cast<void*>(data), Shape{height, width}, Shape{row_stride, 1},
+                                    device, ScalarType::Float);
+  };
+  const Tensor input = wrap(x, rows, weight.in_features, pitch);
+  const Tensor matrix = wrap(weight.data, weight.out_features, weight.in_features, weight.in_features);
+  Tensor output = wrap(sums, rows, weight.out_features, weight.out_features);
+  const Tensor transposed = torch::stable::transpose(matrix, 0, 1);
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(input),
+                                    torch::stable::detail::from(transposed),
+                                    torch::stable::detail::from(output)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the handle that the call returned, and lets go of it
+  return cudaSuccess;
+}
+
+Tensor encoder_prepacked_cuda(const Tensor& hidden_states,
+                              const std::optional<Tensor>& attention_mask,
+                              const std::vector<Tensor>& weights,
+                              const std::vector<int64_t>& num_heads,
+                              StringHandle activation_handle,
+                              StringHandle norm_handle,
+                              double eps,
+                              StringHandle attention_handle) {
+  const char* op = kEncoder;
+  const std::string activation = take_string(activation_handle);
+  const std::string norm = take_string(norm_handle);
+  const std::string attention = take_string(attention_handle);
+  const cuda::Dtype dtype = cuda_dtype(op, "hidden_states", hidden_states);
+  // Layers whose weights are float take attention in float, and here all are.
+  if (attention != "fp32" && attention != "int8")
+    fail(op, "attention", "one of 'fp32', 'int8'", "'" + attention + "'");
+  if (hidden_states.dim() != 3) {
+    fail(op, "hidden_states", "[batch, length, hidden_size]", to_string(shape_of(hidden_states)));
+  }
+  const int64_t sequences = hidden_states.size(0);
+  const int64_t length = hidden_states.size(1);
+  check_size(op, "hidden_states", std::max(sequences * length, hidden_states.size(2)));
+  const int32_t device = hidden_states.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const std::vector<cuda::EncoderLayer> layers = take_layers(weights, num_heads, hidden_states);
+  const Tensor input =
+      hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
+  std::optional<Tensor> mask;
+  if (attention_mask) {
+    const Shape shape{sequences, length};
+    if (device_of(*attention_mask) != device_of(input)) {
+      fail(op, "attention_mask", "a tensor on " + device_of(input), device_of(*attention_mask));
+    }
+    if (attention_mask->scalar_type() != ScalarType::Bool)
+      fail(op, "attention_mask", "bool", to_string(attention_mask->scalar_type()));
+    if (shape_of(*attention_mask) != shape)
+      fail(op, "attention_mask", to_string(shape) + " or None", to_string(shape_of(*attention_mask)));
+    mask = attention_mask->is_contiguous() ? *attention_mask : torch::stable::contiguous(*attention_mask);
+  }
+  Tensor output = torch::stable::new_empty(input, shape_of(input));
+  const cuda::Encoder encoder{
+      .dtype = dtype,
+      .sequences = sequences,
+      .length = length,
+      .hidden_size = hidden_states.size(2),
+      .layer_count = static_cast<int64_t>(layers.size()),
+      .layers = layers.data(),
+      .activation = parse_activation(op, activation),
+      .norm = parse_norm(op, norm),
+      .eps = static_cast<float>(eps),
+      .mask = mask ? mask->const_data_ptr<bool>() : nullptr,
+      .input = input.const_data_ptr(),
+      .output = output.mutable_data_ptr(),
+      .multiprocessors = multiprocessors(device),
+      .product = torch_product,
+      .product_context = &input,
+  };
+  const Tensor scratch = torch::stable::empty(Shape{cuda::encoder_scratch_size(encoder)}, ScalarType::Byte,
+                                              std::nullopt, input.device());
+  check_launch(op, cuda::encoder(encoder, scratch.mutable_data_ptr(), current_stream(device)));
+  return output;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(packedbert, CUDA, m) {
   m.impl("prepack_linear", TORCH_BOX(&prepack_linear_cuda));
   m.impl("packed_linear", TORCH_BOX(&packed_linear_cuda));
   m.impl("pruned_attention", TORCH_BOX(&pruned_attention_cuda));
+  m.impl("encoder_prepacked", TORCH_BOX(&encoder_prepacked_cuda));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 """Which kernels exist here: the native library if it loads, and the choice of a backend for a model.
 
-`reference` is plain PyTorch and works anywhere. `cpu` is the native library's C++. A backend that was asked
-for by name is used or refused, never replaced.
+`reference` is plain PyTorch and works anywhere. `cpu` and `cuda` are the native library's C++ and CUDA. A backend that
+was asked for by name is used or refused, never replaced.
 """
 
 import importlib
@@ -16,7 +16,13 @@ BACKEND_VARIABLE = "PACKEDBERT_BACKEND"
 ISA_VARIABLE = "PACKEDBERT_CPU_ISA"
 
 #: Backend names that a config may ask for.
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "reference")
+
+#: The oldest GPU generation that the CUDA kernels run on: Ampere.
+_COMPUTE_CAPABILITY = (8, 0)
+
+#: What the native kernels take; those for the CPU compute all of them in float32.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PackedBertWarning(UserWarning):
@@ -65,6 +71,7 @@ def backends() -> list[BackendStatus]:
     """What is built, what is usable here, and if not, why."""
     native = NATIVE is not None
     cuda_built = NATIVE is not None and NATIVE.cuda_built()
+    why_not_cuda = _why_not_cuda(torch.device("cuda"), torch.float32)
     return [
         BackendStatus("reference", True, True, "plain PyTorch, any device and floating dtype"),
         BackendStatus(
@@ -78,10 +85,8 @@ def backends() -> list[BackendStatus]:
         BackendStatus(
             "cuda",
             cuda_built,
-            False,
-            "compiled in as a proof of the build; models on a GPU take the reference backend"
-            if cuda_built
-            else "not built (PACKEDBERT_CUDA=1 builds it where a CUDA toolkit is found)",
+            not why_not_cuda,
+            why_not_cuda or "CUDA kernels in float16, bfloat16 and float32",
         ),
     ]
 
@@ -106,13 +111,34 @@ def _why_not_cpu(device: torch.device, dtype: torch.dtype) -> str:
         return f"the native library is missing ({NATIVE_ERROR})"
     if device.type != "cpu":
         return f"the model is on {device}, the cpu kernels need it on the CPU"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in _DTYPES:
         return f"the model is in {dtype}, the cpu kernels compute in torch.float32 (load or convert it so)"
     return ""
 
 
+def _why_not_cuda(device: torch.device, dtype: torch.dtype) -> str:
+    """Empty if the native CUDA kernels can run on such tensors, else the reason."""
+    if NATIVE is None:
+        return f"the native library is missing ({NATIVE_ERROR})"
+    if not NATIVE.cuda_built():
+        return "the CUDA kernels are not built (PACKEDBERT_CUDA=1 builds them where a CUDA toolkit is found)"
+    if device.type != "cuda":
+        return f"the model is on {device}, the cuda kernels need it on a GPU"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    if (capability := torch.cuda.get_device_capability(device)) < _COMPUTE_CAPABILITY:
+        need = "{}.{}".format(*_COMPUTE_CAPABILITY)
+        return "the GPU has compute capability {}.{}, the cuda kernels need {}".format(*capability, need)
+    if dtype not in _DTYPES:
+        return f"the model is in {dtype}, the cuda kernels take float16, bfloat16 and float32"
+    return ""
+
+
+_WHY_NOT = {"cpu": _why_not_cpu, "cuda": _why_not_cuda}
+
+
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs on such tensors: "cpu" or "reference".
+    """The backend that runs on such tensors: "cpu", "cuda" or "reference".
 
     Raises:
         ValueError: a name that does not exist.
@@ -121,14 +147,15 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     backend = requested(backend)
     if backend == "reference":
         return backend
-    reason = _why_not_cpu(device, dtype)
-    if backend == "cpu":
-        if reason:
-            raise RuntimeError(f"backend 'cpu' was asked for, but {reason}; backend='auto' takes what works")
+    if backend in _WHY_NOT:
+        if reason := _WHY_NOT[backend](device, dtype):
+            raise RuntimeError(f"backend {backend!r} was asked for, but {reason}; backend='auto' takes what works")
         return backend
+    if not _why_not_cuda(device, dtype):
+        return "cuda"
     # Our scalar body exists to be read and tested; PyTorch's own kernels beat it on every processor. Asked for
     # by name (the environment variable), it is used.
-    if not reason and (cpu_isa() != "scalar" or ISA_VARIABLE in os.environ):
+    if not _why_not_cpu(device, dtype) and (cpu_isa() != "scalar" or ISA_VARIABLE in os.environ):
         return "cpu"
     return "reference"
 
@@ -137,4 +164,5 @@ def why_slower(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why an automatic choice ended at the slower `reference`; empty if it did not, or was asked for."""
     if requested(backend) != "auto" or resolve(backend, device, dtype) != "reference":
         return ""
-    return _why_not_cpu(device, dtype) or "this processor has neither AVX2 nor AVX-512"
+    native = "cuda" if device.type == "cuda" else "cpu"
+    return _WHY_NOT[native](device, dtype) or "this processor has neither AVX2 nor AVX-512"

@@ -1,8 +1,8 @@
 """The ops, each once: schema, documentation, checks of shapes (the fake kernel), and the default in PyTorch.
 
-`torch.ops.packedbert.*` has five ops. The native library adds kernels for the CPU to all of them but `encoder`;
-every op has a default in plain PyTorch (reference.py) for any other device and for machines without the library,
-so that the same call works everywhere.
+`torch.ops.packedbert.*` has five ops. The native library adds kernels for the CPU and for CUDA to all of them but
+`encoder`; every op has a default in plain PyTorch (reference.py) for any other device and for machines without the
+library, so that the same call works everywhere.
 
 A weight that a model stores is *canonical*, [out_features, in_features]. Kernels want it *prepacked*, in a
 blocked layout that depends on the device (csrc/packed_layout.h). `encoder` takes canonical weights and keeps the
@@ -308,6 +308,7 @@ def _encoder_check(
     attention_mask: Tensor | None,
     weights: Sequence[Tensor],
     num_heads: Sequence[int],
+    attention: str,
 ) -> None:
     _check(hidden_states.dim() == 3, op, "hidden_states", "[batch, length, hidden_size]", list(hidden_states.shape))
     if attention_mask is not None:
@@ -315,6 +316,7 @@ def _encoder_check(
         _check(
             list(attention_mask.shape) == shape, op, "attention_mask", f"{shape} or None", list(attention_mask.shape)
         )
+    _check(attention in reference.ATTENTIONS, op, "attention", f"one of {', '.join(reference.ATTENTIONS)}", attention)
     expected = len(num_heads) * len(LayerWeights._fields)
     _check(len(weights) == expected, op, "weights", f"{expected} tensors for {len(num_heads)} layers", len(weights))
 
@@ -364,7 +366,7 @@ def _encoder_prepacked_default(
     eps: float,
     attention: str,
 ) -> Tensor:
-    _encoder_check("encoder_prepacked", hidden_states, attention_mask, weights, num_heads)
+    _encoder_check("encoder_prepacked", hidden_states, attention_mask, weights, num_heads, attention)
     return run_layers(
         hidden_states, attention_mask, weights, num_heads, activation, norm, eps, attention, packed_linear
     )
@@ -380,7 +382,7 @@ def _encoder_prepacked_fake(
     eps: float,
     attention: str,
 ) -> Tensor:
-    _encoder_check("encoder_prepacked", hidden_states, attention_mask, weights, num_heads)
+    _encoder_check("encoder_prepacked", hidden_states, attention_mask, weights, num_heads, attention)
     return hidden_states.new_empty(hidden_states.shape)
 
 
@@ -436,25 +438,53 @@ def _encoder_default(
     backend: str,
     cache: int,
 ) -> Tensor:
-    _encoder_check("encoder", hidden_states, attention_mask, weights, num_heads)
-    backend = dispatch.resolve(backend, hidden_states.device, hidden_states.dtype)
+    _encoder_check("encoder", hidden_states, attention_mask, weights, num_heads, attention)
+    wish, backend = backend, dispatch.resolve(backend, hidden_states.device, hidden_states.dtype)
     mask = None if attention_mask is None else attention_mask != 0
-    if backend == "reference":
+
+    def on_reference() -> Tensor:
         return run_layers(
             hidden_states, mask, weights, num_heads, activation, norm, eps, attention, reference.packed_linear
         )
+
+    if backend == "reference":
+        return on_reference()
+    if backend == "cuda" and (reason := _why_not_on_gpu(weights, num_heads)):
+        if dispatch.requested(wish) == "cuda":
+            raise RuntimeError(f"backend 'cuda' was asked for, but {reason}; backend='auto' takes what works")
+        return on_reference()
+    # What the kernels compute in.
+    dtype = hidden_states.dtype if backend == "cuda" else torch.float32
     prepack_cache = PrepackCache.find(cache)
 
     def prepacked(slot: int, weight: Tensor) -> Tensor:
         if weight.dtype == torch.int8:  # packed already
             return weight
         if _IS_MATRIX[slot % len(_IS_MATRIX)]:
-            return prepack_cache.get(slot, weight, lambda matrix: prepack_linear(matrix.float()))
-        return weight.float().contiguous()
+            return prepack_cache.get(slot, weight, lambda matrix: prepack_linear(matrix.to(dtype)))
+        return weight.to(dtype).contiguous()
 
     native = [prepacked(slot, weight) for slot, weight in enumerate(weights)]
-    output = encoder_prepacked(hidden_states.float(), mask, native, num_heads, activation, norm, eps, attention)
+    output = encoder_prepacked(hidden_states.to(dtype), mask, native, num_heads, activation, norm, eps, attention)
     return output.to(hidden_states.dtype)
+
+
+#: The largest head that the CUDA kernels take (csrc/cuda/pruned_attention.h).
+_MAX_GPU_HEAD_SIZE = 128
+
+
+def _why_not_on_gpu(weights: Sequence[Tensor], num_heads: Sequence[int]) -> str:
+    """Empty if the CUDA kernels can run an encoder with these weights, else the reason."""
+    if any(weight.dtype == torch.int8 for weight in weights):
+        return "int8 weights run on the cpu and reference backends only"
+    sizes = [
+        layer.qkv_bias.shape[0] // (3 * heads)
+        for heads, layer in zip(num_heads, reference.split_layers(weights), strict=True)
+        if heads
+    ]
+    if max(sizes, default=0) > _MAX_GPU_HEAD_SIZE:
+        return f"its heads have {max(sizes)} dimensions, at most {_MAX_GPU_HEAD_SIZE} are supported"
+    return ""
 
 
 def _encoder_fake(
@@ -469,7 +499,7 @@ def _encoder_fake(
     backend: str,
     cache: int,
 ) -> Tensor:
-    _encoder_check("encoder", hidden_states, attention_mask, weights, num_heads)
+    _encoder_check("encoder", hidden_states, attention_mask, weights, num_heads, attention)
     return hidden_states.new_empty(hidden_states.shape)
 
 

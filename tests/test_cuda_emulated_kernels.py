@@ -3,6 +3,7 @@
 None of this ran on a GPU. What it can't show: races between blocks, the order of memory operations, speed.
 """
 
+import itertools
 import re
 import shutil
 from typing import NamedTuple
@@ -11,8 +12,8 @@ import cuda_emulator
 import numpy as np
 import pytest
 import torch
-from cuda_cases import all_cases, linear, small_cases, to_numpy
-from op_cases import assert_as_exact_as_torch
+from cuda_cases import TORCH, all_cases, linear, small_cases, to_numpy, to_torch
+from op_cases import assert_as_exact_as_torch, random_layers
 
 from packedbert import reference
 
@@ -102,53 +103,53 @@ def test_the_plan_is_sound_for_every_shape():
     assert kernels.plan(16384, 768, 768, 108, True) == (128, 128, 1)
 
 
-def test_one_layer_of_the_seed_through_all_kernels():
-    """gather, qkv, attention, out-projection, norm, up, down, norm, in the order in which a layer runs them."""
-    dtype, hidden, heads, width = torch.float16, 768, 2, 96
-    generator = torch.Generator().manual_seed(3)
+def encoder_case(dtype, hidden, head_size, num_heads, widths, mask, length, norm="layer_norm", activation="gelu"):
+    """The call, PyTorch's own result, and the oracle."""
+    torch_dtype = TORCH[dtype]
+    weights = [w.to(torch_dtype) for w in random_layers(num_heads, widths, head_size, hidden, torch.float64)]
+    states = torch.randn(3, length, hidden, dtype=torch.float64).to(torch_dtype)
+    arguments = {
+        "dtype": dtype,
+        "hidden_states": to_numpy(states),
+        "mask": None if mask is None else mask.numpy(),
+        "weights": [to_numpy(weight) for weight in weights],
+        "num_heads": num_heads,
+        "activation": activation,
+        "norm": norm,
+    }
+    rest = (mask, weights, num_heads, activation, norm, 1e-12)
+    own = reference.encoder(states, *rest)
+    exact = [weight.double() for weight in weights]
+    return ("encoder", arguments), own, reference.encoder(states.double(), mask, exact, *rest[2:])
 
-    def half(*shape, size=1.0):
-        return (torch.randn(shape, generator=generator) * size).to(dtype)
 
-    inner = heads * 64
-    qkv_w, qkv_b = half(3 * inner, hidden, size=0.05), half(3 * inner)
-    out_w, out_b = half(hidden, inner, size=0.05), half(hidden)
-    up_w, up_b = half(width, hidden, size=0.05), half(width)
-    down_w, down_b = half(hidden, width, size=0.05), half(hidden)
-    norms = [half(hidden) for _ in range(4)]
-    padded = half(3, 20, hidden)
+MASK = torch.tensor([[1, 1, 0, 1, 0, 0, 1], [0] * 7, [1] * 7]).bool()
+
+
+@pytest.mark.parametrize(("mode", "seed", "copies_land"), WAYS)
+def test_whole_encoders(mode, seed, copies_land):
+    """Layers without heads or FFN, sizes that fit no tile, any mask: all launches in their order."""
+    cases = []
+    for dtype, mask in itertools.product(TORCH, (None, MASK, torch.zeros_like(MASK))):
+        cases.append(encoder_case(dtype, 64, 32, [2, 0, 1], [5, 9, 0], mask, 7))
+        cases.append(encoder_case(dtype, 21, 5, [3], [33], mask, 7, "no_norm", "relu"))
+        cases.append(encoder_case(dtype, 8, 4, [], [], mask, 7))
+    answers = cuda_emulator.run([call for call, _, _ in cases], mode, seed=seed, copies_land=copies_land)
+    for answer, (_, own, oracle) in zip(answers, cases, strict=True):
+        assert not isinstance(answer, str), answer
+        assert_as_exact_as_torch(to_torch(answer[0], own.dtype), own, oracle)
+
+
+def test_a_layer_of_the_seed_and_its_launches():
+    """Layer 11 of the seed: 768 wide, 2 heads, 96 FFN rows."""
     mask = torch.arange(20) < torch.tensor([[20], [0], [7]])
-
-    one = cuda_emulator.Kernels()
-    cu_seqlens, x, _, _ = one.gather("float16", to_numpy(padded), mask.numpy())
-    x = np.ascontiguousarray(x[: cu_seqlens[-1]])
-
-    def linear_of(kernels, x, weight, bias, may_split, **more):
-        plan = kernels.plan(len(x), len(weight), x.shape[1], 108, may_split)
-        return kernels.linear("float16", x, to_numpy(weight), to_numpy(bias), plan, **more)
-
-    def norm_of(x, weight, bias, residual, norm):
-        one = cuda_emulator.Kernels()
-        plan = one.plan(len(x), len(weight), x.shape[1], 108, True)
-        if plan[2] == 1:
-            y = one.linear("float16", x, to_numpy(weight), to_numpy(bias), plan, residual=residual)
-            return one.rows("float16", None, y, None, None, "none", "layer_norm", *map(to_numpy, norm))
-        sums = one.linear("float16", x, to_numpy(weight), to_numpy(bias), plan, "sums").astype(np.float32)[None]
-        return one.rows("float16", sums, None, to_numpy(bias), residual, "none", "layer_norm", *map(to_numpy, norm))
-
-    qkv = np.ascontiguousarray(linear_of(one, x, qkv_w, qkv_b, False))
-    context = np.ascontiguousarray(one.attention("float16", qkv, cu_seqlens, heads))
-    attended = np.ascontiguousarray(norm_of(context, out_w, out_b, x, norms[:2]))
-    up = np.ascontiguousarray(linear_of(one, attended, up_w, up_b, False, activation="gelu"))
-    got = torch.from_numpy(np.ascontiguousarray(norm_of(up, down_w, down_b, attended, norms[2:])))
-
-    weights = [qkv_w, qkv_b, out_w, out_b, *norms[:2], up_w, up_b, down_w, down_b, *norms[2:]]
-
-    def expected(dtype):
-        cast = [w.to(dtype) for w in weights]
-        return reference.encoder(padded.to(dtype), mask, cast, [heads], "gelu", "layer_norm", 1e-5)[mask]
-
-    assert_as_exact_as_torch(got, expected(torch.float16), expected(torch.float64))
+    call, own, oracle = encoder_case("float16", 768, 64, [2], [96], mask, 20)
+    (answer,) = cuda_emulator.run([call])
+    assert not isinstance(answer, str), answer
+    assert_as_exact_as_torch(to_torch(answer[0], own.dtype), own, oracle)
+    names = [re.search(r"cuda\d+([a-z_]+)_kernel", launch["kernel"])[1] for launch in answer[1]]
+    layer = ["linear", "half_attention", "linear", "row", "linear", "linear", "row"]
+    assert names == ["prepack"] * 4 + ["count", "gather"] + layer
 
 
 # ---------------------------------------------------------------------------------------------- the tester is tested

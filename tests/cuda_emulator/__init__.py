@@ -50,7 +50,12 @@ def build(mode: str, csrc: Path = CSRC) -> Path:
     """Compile the kernels below `csrc` for a mode, or find what was compiled from the same sources before."""
     import pybind11
 
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), HERE / "emulator.cpp", HERE / "bindings.cpp"]
+    sources = [
+        *sorted((csrc / "cuda").glob("*.cu")),
+        *(csrc / "cuda").glob("*.cpp"),
+        HERE / "emulator.cpp",
+        HERE / "bindings.cpp",
+    ]
     headers = sorted([*csrc.glob("*.h"), *(csrc / "cuda").glob("*.*h"), HERE / "emulator.h"])
     of_all = repr(MODES[mode]).encode() + b"".join(file.read_bytes() for file in headers)
     cache = Path(tempfile.gettempdir()) / f"packedbert-emulator-{os.getuid()}"
@@ -242,6 +247,37 @@ class Kernels:
             *(self._at(x), x.shape[1], self._at(output), output.shape[1]),
         )
         return output[:, :width]
+
+    def encoder(
+        self,
+        dtype: str,
+        hidden_states: np.ndarray,
+        mask: np.ndarray | None,
+        weights: list[np.ndarray],
+        num_heads: list[int],
+        activation: str = "gelu",
+        norm: str = "layer_norm",
+        eps: float = 1e-12,
+        multiprocessors: int = 108,
+    ) -> np.ndarray:
+        """All layers; `weights` canonical, in the order of `reference.LayerWeights`."""
+        batch, length, size = hidden_states.shape
+        layers = []
+        for index, heads in enumerate(num_heads):
+            tensors = weights[12 * index : 12 * index + 12]
+            head_size = tensors[1].shape[0] // (3 * heads) if heads else 0
+            width = tensors[7].shape[0]
+            if dtype != "float32":
+                tensors = [self.prepack(tensor) if tensor.ndim == 2 else tensor for tensor in tensors]
+            layers.append((heads, head_size, width, [self._at(tensor) for tensor in tensors]))
+        output = empty(hidden_states.shape, dtype)
+        call = (
+            *(DTYPES.index(dtype), batch, length, size, layers, ACTIVATIONS.index(activation), NORMS.index(norm), eps),
+            *(self._at(mask), self._at(hidden_states), self._at(output), multiprocessors),
+        )
+        scratch = empty(self.module.encoder(*call, 0) // 4, "float32")
+        self.module.encoder(*call, self._at(scratch))
+        return output
 
     def plan(self, rows: int, out_features: int, in_features: int, multiprocessors: int, may_split: bool) -> tuple:
         """(rows, columns) of a block's tile, and splits."""

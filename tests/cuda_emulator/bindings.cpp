@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/encoder.h"
 #include "cuda/packed_linear.h"
 #include "cuda/pruned_attention.h"
 #include "cuda/ragged_batch.h"
@@ -23,6 +24,47 @@ void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(emulator::last_error().empty() ? "cudaError " + std::to_string(error)
                                                           : emulator::last_error());
+}
+
+// In the place of a library's.
+cudaError_t float_product(
+    const void*, const float* x, int64_t rows, int64_t pitch, const Matrix& weight, float* sums) {
+  if (emulator::options.only_record) return cudaSuccess;
+  const auto* w = static_cast<const float*>(weight.data);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t n = 0; n < weight.out_features; ++n) {
+      double sum = 0.0;
+      for (int64_t k = 0; k < weight.in_features; ++k)
+        sum += double{x[row * pitch + k]} * w[n * weight.in_features + k];
+      sums[row * weight.out_features + n] = static_cast<float>(sum);
+    }
+  }
+  return cudaSuccess;
+}
+
+// Of a layer: heads, head_size, width, and the addresses of the twelve tensors of reference.LayerWeights.
+using Layer = std::tuple<int64_t, int64_t, int64_t, std::vector<uintptr_t>>;
+
+std::vector<EncoderLayer> take_layers(const std::vector<Layer>& layers, int64_t hidden_size) {
+  std::vector<EncoderLayer> result;
+  for (const auto& [heads, head_size, width, w] : layers) {
+    const int64_t inner = heads * head_size;
+    result.push_back({heads,
+                      head_size,
+                      {at(w[0]), 3 * inner, hidden_size},
+                      at(w[1]),
+                      {at(w[2]), hidden_size, inner},
+                      at(w[3]),
+                      at(w[4]),
+                      at(w[5]),
+                      {at(w[6]), width, hidden_size},
+                      at(w[7]),
+                      {at(w[8]), hidden_size, width},
+                      at(w[9]),
+                      at(w[10]),
+                      at(w[11])});
+  }
+  return result;
 }
 
 py::list launches() {
@@ -142,4 +184,27 @@ PYBIND11_MODULE(PACKEDBERT_EMULATOR_MODULE, m) {
                                   .output_pitch = output_pitch},
                                  nullptr));
         });
+  // Without scratch memory: how much of it is needed. Else: run.
+  m.def("encoder", [](int dtype, int64_t sequences, int64_t length, int64_t hidden_size,
+                      const std::vector<Layer>& layers, int activation, int norm, float eps, uintptr_t mask,
+                      uintptr_t input, uintptr_t output, int multiprocessors, uintptr_t scratch) {
+    const std::vector<EncoderLayer> taken = take_layers(layers, hidden_size);
+    const Encoder call{.dtype = Dtype(dtype),
+                       .sequences = sequences,
+                       .length = length,
+                       .hidden_size = hidden_size,
+                       .layer_count = static_cast<int64_t>(taken.size()),
+                       .layers = taken.data(),
+                       .activation = Activation(activation),
+                       .norm = Norm(norm),
+                       .eps = eps,
+                       .mask = at<bool>(mask),
+                       .input = at(input),
+                       .output = at(output),
+                       .multiprocessors = multiprocessors,
+                       .product = float_product,
+                       .product_context = nullptr};
+    if (scratch) check(encoder(call, at(scratch), nullptr));
+    return encoder_scratch_size(call);
+  });
 }
