@@ -86,7 +86,7 @@ def backends() -> list[BackendStatus]:
             "cuda",
             cuda_built,
             not why_not_cuda,
-            why_not_cuda or "CUDA kernels in float16, bfloat16 and float32",
+            why_not_cuda or "CUDA kernels in float16, bfloat16 and float32 (tested by emulation, not run on a GPU yet)",
         ),
     ]
 
