@@ -276,8 +276,19 @@ class Kernels:
             *(self._at(mask), self._at(hidden_states), self._at(output), multiprocessors),
         )
         scratch = empty(self.module.encoder(*call, 0) // 4, "float32")
-        self.module.encoder(*call, self._at(scratch))
+        self._at(scratch)
+        self.module.watch(sorted({(address(buffer), buffer.nbytes) for buffer in self.buffers}))
+        self.module.encoder(*call, address(scratch))
+        self.module.watch([])
         return output
+
+    def traffic_of_encoder(self, dtype: str, hidden_states: np.ndarray, *rest: Any, **more: Any) -> list[dict]:
+        """The launches of `encoder`, with the distinct bytes that each has `read` and `written` (mode "races")."""
+        self.encoder(dtype, hidden_states, *rest, **more)
+        launches = [launch for launch in self.launches() if "prepack" not in launch["kernel"]]
+        for launch in launches:
+            launch["read"], launch["written"] = map(sum, zip(*launch["traffic"], strict=True))
+        return launches
 
     def plan(self, rows: int, out_features: int, in_features: int, multiprocessors: int, may_split: bool) -> tuple:
         """(rows, columns) of a block's tile, and splits."""
