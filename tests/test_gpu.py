@@ -1,0 +1,120 @@
+"""The ops on a real GPU, against the oracle in float64: `pytest -m gpu`. Without one they are skipped."""
+
+import itertools
+
+import pytest
+import torch
+from models import ROWS_ZERO, prune, tiny_bert
+from op_cases import assert_as_exact_as_torch, ragged_qkv, random_layers
+
+import packedbert
+from packedbert import dispatch, ops, reference
+from packedbert.reference import ACTIVATIONS, NORMS
+
+REASON = next(backend for backend in packedbert.backends() if backend.name == "cuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not REASON.usable, reason=f"no cuda backend: {REASON.detail}")]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GPU = "cuda"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_packed_linear(dtype, norm, activation):
+    for rows, in_features, out_features in itertools.product((0, 1, 65, 300), (0, 1, 77, 768), (1, 9, 717)):
+        shapes = [(rows, in_features), (out_features, in_features), (out_features,), (rows, out_features)]
+        shapes += [(out_features,)] * 2
+        x, w, b, r, *affine = (torch.randn(shape, dtype=torch.float64).to(dtype).to(GPU) for shape in shapes)
+        w = w / max(in_features, 1) ** 0.5
+        affine = affine if norm != "none" else [None, None]
+        own = reference.packed_linear(x, w, b, activation, r, norm, *affine)
+        exact = reference.packed_linear(
+            *(t.double() for t in (x, w, b)),
+            activation,
+            r.double(),
+            norm,
+            *(t if t is None else t.double() for t in affine),
+        )
+        assert_as_exact_as_torch(
+            ops.packed_linear(x, ops.prepack_linear(w), b, activation, r, norm, *affine), own, exact
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [5, 32, 64, 80, 128])
+def test_pruned_attention(dtype, head_size):
+    for lengths in ((1,), (64, 65, 0, 129), (0, 0), (512,), (1,) * 70):
+        qkv, bounds = ragged_qkv(lengths, 3, head_size)
+        qkv = qkv.to(dtype).to(GPU)
+        own = reference.pruned_attention(qkv, bounds, 3)
+        got = ops.pruned_attention(qkv, bounds.to(GPU), 3)
+        assert_as_exact_as_torch(got, own, reference.pruned_attention(qkv.double(), bounds, 3))
+
+
+def encoder_arguments(dtype, batch=3, length=70):
+    weights = [w.to(dtype).to(GPU) for w in random_layers([2, 0, 1], [70, 9, 0], 32, 64, torch.float64)]
+    states = torch.randn(batch, length, 64, dtype=torch.float64).to(dtype).to(GPU)
+    mask = torch.rand(batch, length, device=GPU) < 0.6
+    mask[0] = False
+    return states, mask, weights, [2, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_encoder(dtype, masked):
+    states, mask, weights, heads = encoder_arguments(dtype)
+    mask = mask if masked else None
+    rest = ("gelu", "layer_norm", 1e-12)
+    own = reference.encoder(states, mask, weights, heads, *rest)
+    exact = reference.encoder(states.double(), mask, [w.double() for w in weights], heads, *rest)
+    assert_as_exact_as_torch(ops.encoder(states, mask, weights, heads, *rest, backend="cuda"), own, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cuda_graph_records_the_encoder(dtype):
+    states, mask, weights, heads = encoder_arguments(dtype)
+    cache = ops.PrepackCache()
+
+    def run():
+        return ops.encoder(states, mask, weights, heads, backend="cuda", cache=cache.key)
+
+    expected = run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    graph.replay()
+    assert torch.equal(output, expected)
+    states.mul_(0.5)  # and other inputs in the same memory
+    graph.replay()
+    assert torch.equal(output, run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    states, mask, weights, heads = encoder_arguments(dtype)
+    prepacked = [ops.prepack_linear(w) if w.dim() == 2 else w for w in weights]
+    torch.library.opcheck(
+        torch.ops.packedbert.encoder_prepacked.default,
+        (states, mask, prepacked, heads, "gelu", "layer_norm", 1e-12, "fp32"),
+    )
+    torch.library.opcheck(
+        torch.ops.packedbert.packed_linear.default,
+        (states, prepacked[6], weights[7], "gelu", None, "none", None, None, 1e-12),
+    )
+
+
+def test_a_patched_model_and_its_compiled_graph():
+    kept = [["kept", ROWS_ZERO, "kept", "kept"]] * 2
+    model = prune(tiny_bert(), kept, [["kept"] * 40] * 2).to(GPU, torch.float16)
+    ids = torch.randint(0, 61, (4, 20), device=GPU)
+    mask = torch.arange(20, device=GPU) < torch.tensor([[20], [3], [11], [1]], device=GPU)
+    before = model(ids, mask.long()).last_hidden_state[mask]
+    packedbert.patch_model(model, backend="cuda")
+    assert dispatch.resolve("auto", ids.device, torch.float16) == "cuda"
+    torch.testing.assert_close(model(ids, mask.long()).last_hidden_state[mask], before, rtol=2e-2, atol=2e-2)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        got = compiled(ids, mask.long()).last_hidden_state[mask]
+    torch.testing.assert_close(got, before, rtol=2e-2, atol=2e-2)
