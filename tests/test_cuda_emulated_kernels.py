@@ -178,7 +178,7 @@ BUGS = {
         "packed_linear", "= kStages * kStageBytes", "= kStages * kStageBytes - 64", "plain", "outside of shared|offset"
     ),
     "a chunk is copied beyond the end of a row": Bug(
-        "packed_linear", "max(0, min(kChunkBytes, source_bytes[i]))", "kChunkBytes", "address", "overflow|cases"
+        "packed_linear", "max(0, min(kChunkBytes, left))", "kChunkBytes", "address", "overflow|cases"
     ),
     "a row more is stored": Bug("packed_linear", STORED, "if (row > rows) continue;", "address", "overflow"),
     "weights are read as if they were not swizzled": Bug(

@@ -35,6 +35,11 @@ __device__ __forceinline__ void copy_async(SharedAddress target, const void* sou
                : "memory");
 }
 
+// The same of all 16 bytes: several instructions less.
+__device__ __forceinline__ void copy_async(SharedAddress target, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
 // Closes a group of copies.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -128,6 +133,7 @@ inline SharedAddress shared_address(const void* pointer) { return reinterpret_ca
 inline void copy_async(SharedAddress target, const void* source, int bytes) {
   emulator::copy_async(reinterpret_cast<void*>(target), source, bytes);
 }
+inline void copy_async(SharedAddress target, const void* source) { copy_async(target, source, 16); }
 inline void commit_copies() { emulator::commit_copies(); }
 template <int kPending>
 void wait_for_copies() {

@@ -77,16 +77,18 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
 
   // ---- Copies. All that doesn't change from step to step is computed here.
   const T* source[Tile::kInputCopies];
-  int source_bytes[Tile::kInputCopies];  // from there to the end of the row; 0 or less: nothing is left
+  int last_bytes[Tile::kInputCopies];  // to copy at the last step of all in_features; the others are whole
   SharedAddress target[Tile::kInputCopies];
 #pragma unroll
   for (int i = 0; i < Tile::kInputCopies; ++i) {
     const int row = (thread + i * Tile::kThreads) / kRowChunks;
     const int chunk = thread % kRowChunks;
-    const int input = first_step * kTileInputs + chunk * kChunk;
-    const bool used = first_row + row < rows;
-    source[i] = static_cast<const T*>(a.input) + (used ? first_row + row : 0) * a.input_pitch + input;
-    source_bytes[i] = used ? (a.in_features - input) * 2 : 0;
+    // In the place of a row that isn't there the first one is copied: what comes of it is never stored.
+    const int from_row = first_row + row < rows ? first_row + row : 0;
+    source[i] =
+        static_cast<const T*>(a.input) + from_row * a.input_pitch + first_step * kTileInputs + chunk * kChunk;
+    const int left = (a.in_features - (a.steps - 1) * kTileInputs - chunk * kChunk) * 2;
+    last_bytes[i] = max(0, min(kChunkBytes, left));
     target[i] = shared + row * kRowBytes + tile_chunk(row, chunk) * kChunkBytes;
   }
   // The weights of a step are kColumns / kTileOutputs tiles, each of them contiguous.
@@ -103,24 +105,24 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
   }
   const SharedAddress weight_target = shared + Tile::kInputBytes + thread * kChunkBytes;
 
-  int stage_to_fill = 0;
-  int steps_to_copy = steps;
-  const auto copy_step = [&] {
-    if (steps_to_copy > 0) {
-      const int offset = stage_to_fill * Tile::kStageBytes;
+  // Starts copying a step of this split, `ahead` of where the sources point to.
+  const auto copy_step = [&](int step, int ahead, int stage) {
+    if (step < steps) {
+      const int offset = stage * Tile::kStageBytes;
+      const bool last = first_step + step == a.steps - 1;
 #pragma unroll
       for (int i = 0; i < Tile::kInputCopies; ++i) {
-        copy_async(target[i] + offset, source[i], max(0, min(kChunkBytes, source_bytes[i])));
-        source[i] += kTileInputs;
-        source_bytes[i] -= kRowBytes;
+        if (last) {
+          copy_async(target[i] + offset, source[i] + ahead * kTileInputs, last_bytes[i]);
+        } else {
+          copy_async(target[i] + offset, source[i] + ahead * kTileInputs);
+        }
       }
 #pragma unroll
       for (int i = 0; i < Tile::kWeightCopies; ++i) {
-        copy_async(weight_target + offset + i * Tile::kThreads * kChunkBytes, weight_source[i], kChunkBytes);
-        weight_source[i] += kTileOutputs * kTileInputs;
+        copy_async(weight_target + offset + i * Tile::kThreads * kChunkBytes,
+                   weight_source[i] + ahead * kTileOutputs * kTileInputs);
       }
-      --steps_to_copy;
-      stage_to_fill = stage_to_fill == kStages - 1 ? 0 : stage_to_fill + 1;
     }
     commit_copies();  // an empty group too: the waits below count groups
   };
@@ -141,16 +143,8 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
   }
 
   float sums[Tile::kFragments][4][4] = {};
-  int stage = 0;
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) copy_step();
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<kStages - 2>();
-    __syncthreads();  // everyone's copies are there, and everyone is done with the stage that is filled next
-    copy_step();
+  const auto multiply_step = [&](int stage) {
     const int offset = stage * Tile::kStageBytes;
-    stage = stage == kStages - 1 ? 0 : stage + 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t inputs[Tile::kFragments][4];
@@ -171,6 +165,27 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
         }
       }
     }
+  };
+
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) copy_step(step, step, step);
+  // A round through all stages, unrolled: where each of them lies is known when this is compiled.
+#pragma unroll 1
+  for (int first = 0; first < steps; first += kStages) {
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) {
+      if (first + stage >= steps) break;
+      wait_for_copies<kStages - 2>();
+      __syncthreads();  // everyone's copies are there, and everyone is done with the stage that is filled
+                        // next
+      constexpr int ahead = kStages - 1;
+      copy_step(first + stage + ahead, stage + ahead, (stage + ahead) % kStages);
+      multiply_step(stage);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kInputCopies; ++i) source[i] += kStages * kTileInputs;
+#pragma unroll
+    for (int i = 0; i < Tile::kWeightCopies; ++i) weight_source[i] += kStages * kTileOutputs * kTileInputs;
   }
 
   // ---- Epilogue: the thread has 8 neighbouring outputs of every 8th row.
