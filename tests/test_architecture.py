@@ -56,3 +56,14 @@ def test_one_place_knows_transformers_hooks():
     """Only hf.py may touch the quantizer registry, so that a change of transformers has one place to be met."""
     users = [file.stem for file in PACKAGE.glob("*.py") if "transformers.quantizers" in file.read_text()]
     assert users == ["hf"]
+
+
+def test_only_ops_know_torch():
+    """Kernels without torch's headers compile in seconds, and can be run alone: emulated, and under sanitizers."""
+    csrc = Path(__file__).parents[1] / "csrc"
+    if not csrc.is_dir():
+        pytest.skip(f"needs the source tree, looked for {csrc}")
+    files = [file for file in csrc.rglob("*") if file.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert {file.name for file in files if "<torch/" in file.read_text()} <= {
+        *("ops.cpp", "ops_cuda.cpp", "ops_encoder.cpp", "ops_common.h")
+    }
