@@ -25,7 +25,7 @@ class PackedBertConfig(QuantizationConfigMixin):
 
     Args:
         backend: "auto" takes the fastest that works (the environment variable PACKEDBERT_BACKEND, if set, decides
-            in its place); "cpu", "cuda" or "reference" force one: where it cannot run, an error is raised.
+            in its place); "cpu", "cuda", "triton" or "reference" force one: where it cannot run, an error is raised.
         precision: what the encoder's matrices are stored in. "fp32": as the model has them. "bf16", "fp16": rounded to
             half the size, computed in float32. "int8": a quarter of the size, and products in int8 with inputs
             quantized token by token (see packedbert/quantization.py); everything else stays in float32.

@@ -1,10 +1,11 @@
 """Which kernels exist here: the native library if it loads, and the choice of a backend for a model.
 
-`reference` is plain PyTorch and works anywhere. `cpu` and `cuda` are the native library's C++ and CUDA. A backend that
-was asked for by name is used or refused, never replaced.
+`reference` is plain PyTorch and works anywhere. `cpu` and `cuda` are the native library's C++ and CUDA, `triton` is
+triton_kernels.py. A backend that was asked for by name is used or refused, never replaced.
 """
 
 import importlib
+import importlib.util
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,12 +17,15 @@ BACKEND_VARIABLE = "PACKEDBERT_BACKEND"
 ISA_VARIABLE = "PACKEDBERT_CPU_ISA"
 
 #: Backend names that a config may ask for.
-BACKENDS = ("auto", "cpu", "cuda", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
 #: The oldest GPU generation that the CUDA kernels run on: Ampere.
 _COMPUTE_CAPABILITY = (8, 0)
 
-#: What the native kernels take; those for the CPU compute all of them in float32.
+#: Set to 1, Triton's kernels are interpreted, on the CPU too: for tests.
+INTERPRET_VARIABLE = "TRITON_INTERPRET"
+
+#: What our kernels take; those for the CPU compute all of them in float32.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -71,7 +75,9 @@ def backends() -> list[BackendStatus]:
     """What is built, what is usable here, and if not, why."""
     native = NATIVE is not None
     cuda_built = NATIVE is not None and NATIVE.cuda_built()
-    why_not_cuda = _why_not_cuda(torch.device("cuda"), torch.float32)
+    gpu = torch.device("cuda")
+    why_not_cuda = _why_not_cuda(gpu, torch.float32)
+    why_not_triton = _why_not_triton(gpu, torch.float32)
     return [
         BackendStatus("reference", True, True, "plain PyTorch, any device and floating dtype"),
         BackendStatus(
@@ -87,6 +93,13 @@ def backends() -> list[BackendStatus]:
             cuda_built,
             not why_not_cuda,
             why_not_cuda or "CUDA kernels in float16, bfloat16 and float32 (tested by emulation, not run on a GPU yet)",
+        ),
+        BackendStatus(
+            "triton",
+            _has_triton(),
+            not why_not_triton,
+            why_not_triton
+            or "Triton kernels in float16, bfloat16 and float32 (interpreted in tests, not run on a GPU yet)",
         ),
     ]
 
@@ -134,11 +147,29 @@ def _why_not_cuda(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-_WHY_NOT = {"cpu": _why_not_cpu, "cuda": _why_not_cuda}
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
+    """Empty if the Triton kernels can run on such tensors, else the reason."""
+    if not _has_triton():
+        return "triton is not installed"
+    if os.environ.get(INTERPRET_VARIABLE, "0") != "1":
+        if device.type != "cuda":
+            return f"the model is on {device}, the triton kernels need it on a GPU"
+        if not torch.cuda.is_available():
+            return "PyTorch finds no GPU"
+    if dtype not in _DTYPES:
+        return f"the model is in {dtype}, the triton kernels take float16, bfloat16 and float32"
+    return ""
+
+
+_WHY_NOT = {"cpu": _why_not_cpu, "cuda": _why_not_cuda, "triton": _why_not_triton}
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs on such tensors: "cpu", "cuda" or "reference".
+    """The backend that runs on such tensors: one of `BACKENDS`, but not "auto".
 
     Raises:
         ValueError: a name that does not exist.
@@ -151,8 +182,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if reason := _WHY_NOT[backend](device, dtype):
             raise RuntimeError(f"backend {backend!r} was asked for, but {reason}; backend='auto' takes what works")
         return backend
-    if not _why_not_cuda(device, dtype):
-        return "cuda"
+    if device.type == "cuda":
+        return next((name for name in ("cuda", "triton") if not _WHY_NOT[name](device, dtype)), "reference")
     # Our scalar body exists to be read and tested; PyTorch's own kernels beat it on every processor. Asked for
     # by name (the environment variable), it is used.
     if not _why_not_cpu(device, dtype) and (cpu_isa() != "scalar" or ISA_VARIABLE in os.environ):
@@ -164,5 +195,5 @@ def why_slower(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why an automatic choice ended at the slower `reference`; empty if it did not, or was asked for."""
     if requested(backend) != "auto" or resolve(backend, device, dtype) != "reference":
         return ""
-    native = "cuda" if device.type == "cuda" else "cpu"
-    return _WHY_NOT[native](device, dtype) or "this processor has neither AVX2 nor AVX-512"
+    fastest = "cuda" if device.type == "cuda" else "cpu"
+    return _WHY_NOT[fastest](device, dtype) or "this processor has neither AVX2 nor AVX-512"

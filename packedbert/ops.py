@@ -48,6 +48,11 @@ def _check(condition: bool, op: str, argument: str, expected: object, got: objec
         raise ValueError(f"packedbert::{op}: {argument}: expected {expected}, got {got}")
 
 
+def _on_triton(tensor: Tensor) -> bool:
+    """Whether an op without a kernel for the tensor's device runs on the Triton kernels."""
+    return tensor.device.type == "cuda" and dispatch.resolve("auto", tensor.device, tensor.dtype) == "triton"
+
+
 # ------------------------------------------------------------------------------------------ prepack_linear
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -136,6 +141,12 @@ def _packed_linear_default(
     eps: float,
 ) -> Tensor:
     _packed_linear_check(input, weight, bias, activation, residual, norm, norm_weight, norm_bias)
+    if _on_triton(input) and weight.dtype == input.dtype:
+        from . import triton_kernels
+
+        return triton_kernels.packed_linear(
+            input, weight, bias, activation, residual, norm, norm_weight, norm_bias, eps
+        )
     return reference.packed_linear(input, weight, bias, activation, residual, norm, norm_weight, norm_bias, eps)
 
 
@@ -210,6 +221,10 @@ def _pruned_attention_check(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, pre
 
 def _pruned_attention_default(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, precision: str) -> Tensor:
     _pruned_attention_check(qkv, cu_seqlens, num_heads, precision)
+    if precision == "fp32" and _on_triton(qkv) and qkv.shape[1] <= 3 * max(num_heads, 1) * _MAX_GPU_HEAD_SIZE:
+        from . import triton_kernels
+
+        return triton_kernels.pruned_attention(qkv, cu_seqlens, num_heads)
     bounds = cu_seqlens.tolist()
     sound = bounds[0] == 0 and bounds[-1] == qkv.shape[0] and bounds == sorted(bounds)
     _check(sound, "pruned_attention", "cu_seqlens", f"ascending from 0 to {qkv.shape[0]}, the tokens of qkv", bounds)
@@ -449,12 +464,17 @@ def _encoder_default(
 
     if backend == "reference":
         return on_reference()
-    if backend == "cuda" and (reason := _why_not_on_gpu(weights, num_heads)):
-        if dispatch.requested(wish) == "cuda":
-            raise RuntimeError(f"backend 'cuda' was asked for, but {reason}; backend='auto' takes what works")
+    if backend != "cpu" and (reason := _why_not_on_gpu(weights, num_heads)):
+        if dispatch.requested(wish) == backend:
+            raise RuntimeError(f"backend {backend!r} was asked for, but {reason}; backend='auto' takes what works")
         return on_reference()
     # What the kernels compute in.
-    dtype = hidden_states.dtype if backend == "cuda" else torch.float32
+    dtype = torch.float32 if backend == "cpu" else hidden_states.dtype
+    if backend == "triton":
+        from . import triton_kernels  # not at the top: triton need not be there, and takes a second to import
+
+        canonical = [weight.to(dtype).contiguous() for weight in weights]
+        return triton_kernels.encoder(hidden_states, mask, canonical, num_heads, activation, norm, eps)
     prepack_cache = PrepackCache.find(cache)
 
     def prepacked(slot: int, weight: Tensor) -> Tensor:
@@ -469,12 +489,12 @@ def _encoder_default(
     return output.to(hidden_states.dtype)
 
 
-#: The largest head that the CUDA kernels take (csrc/cuda/pruned_attention.h).
+#: The largest head that the CUDA and Triton kernels take (csrc/cuda/pruned_attention.h; triton_kernels.py).
 _MAX_GPU_HEAD_SIZE = 128
 
 
 def _why_not_on_gpu(weights: Sequence[Tensor], num_heads: Sequence[int]) -> str:
-    """Empty if the CUDA kernels can run an encoder with these weights, else the reason."""
+    """Empty if the CUDA and Triton kernels can run an encoder with these weights, else the reason."""
     if any(weight.dtype == torch.int8 for weight in weights):
         return "int8 weights run on the cpu and reference backends only"
     sizes = [

@@ -1,6 +1,9 @@
 """Fixtures that every test may use, and the settings of hypothesis."""
 
 import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its own library is decorated then
+
 import subprocess
 import sys
 from pathlib import Path

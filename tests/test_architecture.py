@@ -18,6 +18,7 @@ ORDER = (
     "packing",
     "checkpoint",
     "config",
+    "triton_kernels",
     "ops",
     "layers",
     "modules",

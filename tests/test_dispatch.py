@@ -42,6 +42,11 @@ def test_a_gpu_that_can_is_used(gpu, dtype):
 def test_a_gpu_that_cannot_is_named(gpu, monkeypatch, changes, dtype, reason):
     for name, value in changes.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.delenv(dispatch.INTERPRET_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    older = "get_device_capability" in changes  # which Triton decides for itself
+    assert dispatch.resolve("auto", GPU, dtype) == ("triton" if older else "reference")
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     assert dispatch.resolve("auto", GPU, dtype) == "reference"
     with pytest.raises(RuntimeError, match=rf"backend 'cuda' was asked for, but .*{reason}"):
         dispatch.resolve("cuda", GPU, dtype)

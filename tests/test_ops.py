@@ -279,7 +279,7 @@ def test_encoder_says_what_does_not_fit():
         ops.encoder(hidden, torch.ones(2, 4), weights, [1])
     with pytest.raises(ValueError, match=r"encoder: weights: expected 12 tensors for 1 layers, got 11"):
         ops.encoder(hidden, None, weights[1:], [1])
-    with pytest.raises(ValueError, match=r"backend: expected one of auto, cpu, cuda, reference, got 'tpu'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, cpu, cuda, triton, reference, got 'tpu'"):
         ops.encoder(hidden, None, weights, [1], backend="tpu")
     with pytest.raises(RuntimeError, match=r"backend 'cpu' was asked for, but the model is in torch\.float64"):
         ops.encoder(hidden.double(), None, [w.double() for w in weights], [1], backend="cpu")

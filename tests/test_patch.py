@@ -525,7 +525,7 @@ def test_impossible_choices(monkeypatch):
     expected, state = run(model, batch).last_hidden_state, copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match=r"backend 'cpu' was asked for, but the model is in torch\.float64"):
         packedbert.patch_model(model, backend="cpu")
-    with pytest.raises(ValueError, match=r"backend: expected one of auto, cpu, cuda, reference, got 'cuda:0'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, cpu, cuda, triton, reference, got 'cuda:0'"):
         packedbert.patch_model(model, backend="cuda:0")
     with pytest.raises(TypeError, match=r"expected backend, precision, .*, got bakend"):
         packedbert.patch_model(model, bakend="cpu")
