@@ -318,23 +318,36 @@ def _pack_encoder(bert: BertModel) -> tuple[EncoderStructure, list[LayerStructur
     Returns: the structure, each layer as it was stored, and the packed weights.
     """
     config = bert.config
-    # Rejects what can't be packed before the weights are looked at.
-    nothing_left = tuple(LayerStructure((), 0) for _ in range(config.num_hidden_layers))
-    head_size = encoder_structure(config, nothing_left).head_size
+    structure, layers = dense_layers(bert)
+    head_size = structure.head_size
     gone = pruned_heads(config)
     stored, left, packed = [], [], []
-    for index, module in enumerate(bert.encoder.layer):
-        name = f"encoder.layer.{index}"
-        dense = _dense_layer(module, name, head_size, config.layer_norm_eps)
+    for index, dense in enumerate(layers):
         try:
             plan = plan_layer(dense, head_size)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"encoder.layer.{index}: {error}") from error
         heads = _head_numbers(config, gone.get(index, ()), dense.value_weight.shape[0] // head_size)
         stored.append(LayerStructure(heads, dense.up_weight.shape[0]))
         left.append(LayerStructure(tuple(heads[h] for h in plan.heads), len(plan.ffn_rows)))
         packed.append(pack_layer(dense, plan, head_size, _ACTIVATIONS[config.hidden_act]))
     return encoder_structure(config, tuple(left)), stored, packed
+
+
+def dense_layers(bert: BertModel) -> tuple[EncoderStructure, list[DenseLayer]]:
+    """What a stock BertModel's encoder is, with nothing left of its layers; and its layers' own weights.
+
+    Raises:
+        TypeError: a part of a layer is not the stock one.
+        ValueError: what the kernels can't run, or widths that don't agree.
+    """
+    config = bert.config
+    # Rejects what can't be packed before the weights are looked at.
+    structure = encoder_structure(config, tuple(LayerStructure((), 0) for _ in range(config.num_hidden_layers)))
+    return structure, [
+        _dense_layer(module, f"encoder.layer.{index}", structure.head_size, config.layer_norm_eps)
+        for index, module in enumerate(bert.encoder.layer)
+    ]
 
 
 def _head_numbers(config: Any, gone: tuple[int, ...], stored: int) -> tuple[int, ...]:

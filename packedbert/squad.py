@@ -46,6 +46,24 @@ def squad_examples(dataset: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]
         yield _field(entry, "id", str, place), _field(entry, "question", str, place), context
 
 
+def first_answers(dataset: Mapping[str, Any]) -> Iterator[tuple[str, str, int, int]]:
+    """(question, context, start, end) of every question's first gold answer, in characters: context[start:end].
+
+    Raises:
+        ValueError: not SQuAD's structure, a question without an answer, or one that isn't where it is said to be.
+    """
+    for place, context, entry in _entries(dataset):
+        answers = _field(entry, "answers", list, place)
+        if not answers:
+            raise ValueError(f"{place}.answers: expected a gold answer, got none")
+        text = _field(answers[0], "text", str, f"{place}.answers[0]")
+        start = _field(answers[0], "answer_start", int, f"{place}.answers[0]")
+        if not text or context[start : start + len(text)] != text:
+            found = context[start : start + len(text)]
+            raise ValueError(f"{place}.answers[0]: expected {text!r} at {start} of the context, got {found!r}")
+        yield _field(entry, "question", str, place), context, start, start + len(text)
+
+
 def first_questions(dataset: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
     """A dataset with the first `limit` questions only (None: all), in the same format."""
     left = sum(1 for _ in squad_examples(dataset)) if limit is None else limit

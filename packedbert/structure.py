@@ -103,8 +103,8 @@ def plan_layer(layer: DenseLayer, head_size: int) -> LayerPlan:
                 "the checkpoint is damaged or the training diverged"
             )
     stored = layer.value_weight.shape[0] // head_size
-    value_rows = layer.value_weight.view(stored, -1)
-    output_columns = layer.attention_output_weight.t().reshape(stored, -1)
+    value_rows = layer.value_weight.reshape(stored, head_size * layer.value_weight.shape[1])
+    output_columns = layer.attention_output_weight.t().reshape(value_rows.shape)
     heads = (value_rows != 0).any(1) & (output_columns != 0).any(1)
     ffn_rows = (layer.up_weight != 0).any(1) & (layer.down_weight != 0).any(0)
     return LayerPlan(tuple(heads.nonzero().flatten().tolist()), tuple(ffn_rows.nonzero().flatten().tolist()))
