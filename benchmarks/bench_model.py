@@ -3,7 +3,8 @@
 Every row of the CSV is one peer in one cell (batch, length). Peers are built once and checked against PyTorch eager;
 then they take turns, with an sgemm between them, so that a machine that drifts drifts for all. L is the time that the
 model's floating-point operations take at the rate of the sgemms of the same cell. Each turn is two calls: "cold", after
-those of all other peers, whose weights have driven its own out of the caches, and "hot", the one after that.
+those of all other peers, whose weights have driven its own out of the caches, and "hot", the one after that. Before
+the cold one all rest for SETTLE seconds: ONNX Runtime's threads keep a core busy for 10 to 50 ms after they are done.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ DENSE_EVERYWHERE = ("packedbert", "PyTorch eager")
 
 #: Seconds that a peer is timed for in a cell, and the fewest and most turns.
 BUDGET, LEAST, MOST = 1.5, 3, 30
+
+#: Seconds between one peer's calls and the next one's.
+SETTLE = 0.05
 
 #: Largest difference from PyTorch eager that a peer's logits may have, as a multiple of their spread.
 TOLERANCE = {"fp32": 1e-4, "int8": 0.5}
@@ -96,10 +100,12 @@ def measure(
 
     calls: dict[Any, Callable[[int], object]] = {"sgemm": machine.Sgemm()}
     for peer, run in runners.items():
+        calls["settle", peer] = lambda _: time.sleep(SETTLE)
         calls[peer, "cold"], calls[peer, "hot"] = call(run, 0), call(run, 1)
     rounds = max(LEAST, min(MOST, int(BUDGET / slowest)))
     times: dict[Any, list[float]] = bench.interleaved(calls, rounds, warmup=0)
-    return times, machine.Sgemm.FLOPS / statistics.median(times.pop("sgemm"))
+    rate = machine.Sgemm.FLOPS / statistics.median(times.pop("sgemm"))
+    return {key: seconds for key, seconds in times.items() if key[0] != "settle"}, rate
 
 
 def rows(

@@ -1,6 +1,7 @@
-// Prints what the processor can do when nothing has to be loaded, with as many threads as the argument says: FLOP/s of
-// fused multiply-adds, and op/s of the int8 products that packedbert's kernels use (vpdpbusd where it is compiled with
-// VNNI, else vpmaddwd and vpaddd on bytes that were widened). Enough chains on registers alone hide the latency.
+// Prints what the processor can do when nothing has to be loaded, with as many threads as the argument says:
+// FLOP/s of fused multiply-adds, and op/s of the int8 products that packedbert's kernels use (vpdpbusd where
+// it is compiled with VNNI, else vpmaddwd and vpaddd on bytes that were widened). Enough chains on registers
+// alone hide the latency.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -33,7 +34,9 @@ struct Dot {
   explicit Dot(int i) : value(_mm512_set1_epi32(i)) {}
 #ifdef __AVX512VNNI__
   static constexpr int kOperations = 2 * 64;
-  void step(const Dot& a, const Dot& b) { value = _mm512_dpbusd_epi32(value, a.value, b.value); }
+  void step(const Dot& a, const Dot& b) {
+    __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(value) : "v"(a.value), "v"(b.value));
+  }
 #else
   static constexpr int kOperations = 2 * 32;
   void step(const Dot& a, const Dot& b) {
@@ -49,7 +52,9 @@ struct Dot {
   explicit Dot(int i) : value(_mm256_set1_epi32(i)) {}
 #ifdef __AVXVNNI__
   static constexpr int kOperations = 2 * 32;
-  void step(const Dot& a, const Dot& b) { value = _mm256_dpbusd_avx_epi32(value, a.value, b.value); }
+  void step(const Dot& a, const Dot& b) {
+    __asm__ volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(value) : "x"(a.value), "x"(b.value));
+  }
 #else
   static constexpr int kOperations = 2 * 16;
   // The two instructions as they are: the compiler would see that the product is always the same.
@@ -69,7 +74,7 @@ template <typename Chain>
 void work() {
   Chain chains[Chain::kChains] = {
 #define CHAINS(i) Chain(i), Chain(i + 1), Chain(i + 2), Chain(i + 3)
-      CHAINS(0), CHAINS(4), CHAINS(8),
+      CHAINS(0),  CHAINS(4),  CHAINS(8),
 #ifdef __AVX512F__
       CHAINS(12), CHAINS(16), CHAINS(20),
 #endif

@@ -43,8 +43,8 @@ class PackedBertConfig(QuantizationConfigMixin):
             for that: half the memory for the encoder's weights. int8 matrices are always kept so.
             `state_dict` and `save_pretrained` still have the canonical ones, bit for bit; hidden states, attentions
             and other backends rebuild them at each call. Nothing happens where the native kernels don't run.
-        layers: what is left of each layer, `{"heads": [...], "ffn_width": n}`. Written by packedbert into the
-            config.json of a packed checkpoint; nothing to set by hand.
+        layers: what is left of each layer, `{"heads": [...], "ffn_width": n}`, with a "head_size" where that is smaller
+            than the model's. Written by packedbert into the config.json of a packed checkpoint; nothing to set by hand.
 
     Raises:
         ValueError: an unknown backend or precision; a skip that is neither, or "auto" without a calibration.
@@ -101,7 +101,7 @@ class PackedBertConfig(QuantizationConfigMixin):
         """What config.json keeps: what the weights are, not the choices of the process that wrote it."""
         layers = None
         if self.layers is not None:
-            layers = [{"heads": list(layer.heads), "ffn_width": layer.ffn_width} for layer in self.layers]
+            layers = [_stored_layer(layer) for layer in self.layers]
         stored: dict[str, Any] = {"quant_method": self.quant_method, "layers": layers}
         if self.precision != "fp32":
             stored["precision"] = self.precision
@@ -143,12 +143,24 @@ def _skipped(entry: int | str) -> str:
     return str(entry)
 
 
+def _stored_layer(layer: LayerStructure) -> dict[str, Any]:
+    """As config.json has it: without a head size if that is the model's, as before there was one."""
+    stored: dict[str, Any] = {"heads": list(layer.heads), "ffn_width": layer.ffn_width}
+    return stored if layer.head_size is None else {**stored, "head_size": layer.head_size}
+
+
 def _structure(layer: dict[str, Any] | LayerStructure) -> LayerStructure:
     if isinstance(layer, LayerStructure):
         return layer
     try:
-        return LayerStructure(tuple(int(head) for head in layer["heads"]), int(layer["ffn_width"]))
-    except (KeyError, TypeError, ValueError) as error:
+        head_size = layer.get("head_size")
+        return LayerStructure(
+            tuple(int(head) for head in layer["heads"]),
+            int(layer["ffn_width"]),
+            None if head_size is None else int(head_size),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f'quantization_config.layers: expected {{"heads": [...], "ffn_width": n}} for each layer, got {layer!r}'
+            'quantization_config.layers: expected {"heads": [...], "ffn_width": n}, perhaps with a "head_size", for '
+            f"each layer, got {layer!r}"
         ) from error

@@ -187,8 +187,8 @@ _DTYPE_NAMES = {torch.float32: "fp32", **{dtype: name for name, dtype in _HALVES
 def _empty_layers(structure: EncoderStructure) -> list[LayerWeights]:
     hidden = structure.hidden_size
     layers = []
-    for heads, width in structure.layers:
-        inner = len(heads) * structure.head_size
+    for layer in structure.layers:
+        inner, width = len(layer.heads) * structure.head_size_of(layer), layer.ffn_width
         shapes: tuple[tuple[int, ...], ...] = (
             *((3 * inner, hidden), (3 * inner,), (hidden, inner), (hidden,), (hidden,), (hidden,)),
             *((width, hidden), (width,), (hidden, width), (hidden,), (hidden,), (hidden,)),

@@ -187,7 +187,7 @@ def encoder_structure(config: Any, layers: tuple[LayerStructure, ...]) -> Encode
     """What a BertConfig says about the encoder, with what is left of its layers.
 
     Raises:
-        ValueError: a decoder, an activation or norm that the kernels don't know, or heads that don't exist.
+        ValueError: a decoder, an activation or norm that the kernels don't know, heads that don't exist, or wider ones.
     """
     if config.is_decoder or config.add_cross_attention:
         raise ValueError(
@@ -201,6 +201,7 @@ def encoder_structure(config: Any, layers: tuple[LayerStructure, ...]) -> Encode
         raise ValueError(f"config.layer_norm_type: expected 'layer_norm' or 'no_norm', got {norm!r}")
     if len(layers) != config.num_hidden_layers:
         raise ValueError(f"expected {config.num_hidden_layers} layers (config.num_hidden_layers), got {len(layers)}")
+    head_size = config.hidden_size // config.num_attention_heads
     for index, layer in enumerate(layers):
         beyond = [head for head in layer.heads if not 0 <= head < config.num_attention_heads]
         if beyond or layer.ffn_width < 0 or len(set(layer.heads)) != len(layer.heads):
@@ -208,10 +209,15 @@ def encoder_structure(config: Any, layers: tuple[LayerStructure, ...]) -> Encode
                 f"layer {index}: expected distinct heads 0 to {config.num_attention_heads - 1} and an FFN width of 0 "
                 f"or more, got heads {list(layer.heads)} and width {layer.ffn_width}"
             )
+        if layer.head_size is not None and not 1 <= layer.head_size <= head_size:
+            raise ValueError(
+                f"layer {index}: expected a head size of 1 to {head_size} (config.hidden_size / "
+                f"config.num_attention_heads), got {layer.head_size}"
+            )
     return EncoderStructure(
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
-        head_size=config.hidden_size // config.num_attention_heads,
+        head_size=head_size,
         intermediate_size=config.intermediate_size,
         activation=_ACTIVATIONS[config.hidden_act],
         norm=norm,
@@ -329,7 +335,8 @@ def _pack_encoder(bert: BertModel) -> tuple[EncoderStructure, list[LayerStructur
             raise ValueError(f"encoder.layer.{index}: {error}") from error
         heads = _head_numbers(config, gone.get(index, ()), dense.value_weight.shape[0] // head_size)
         stored.append(LayerStructure(heads, dense.up_weight.shape[0]))
-        left.append(LayerStructure(tuple(heads[h] for h in plan.heads), len(plan.ffn_rows)))
+        narrower = plan.head_size if plan.head_size < head_size else None
+        left.append(LayerStructure(tuple(heads[h] for h in plan.heads), len(plan.ffn_rows), narrower))
         packed.append(pack_layer(dense, plan, head_size, _ACTIVATIONS[config.hidden_act]))
     return encoder_structure(config, tuple(left)), stored, packed
 

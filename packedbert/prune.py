@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,10 @@ from transformers import BertModel
 
 from . import bench, cost, examples, ops, reference
 from .cost import ROW_BLOCK, CostModel
-from .packing import pack_layer
+from .packing import pack_layer, places_of
 from .patch import dense_layers
 from .reference import LayerWeights
-from .structure import DenseLayer, EncoderStructure, LayerPlan, plan_layer
+from .structure import DenseLayer, EncoderStructure, plan_layer
 
 METHODS = ("fisher", "magnitude")
 COSTS = ("measured", "flops")
@@ -33,19 +33,26 @@ RIDGE = 1e-2
 _BATCH = 16
 
 
+class Kept(NamedTuple):
+    """Positions among the heads and FFN rows that a layer stores, ascending."""
+
+    heads: tuple[int, ...]
+    ffn_rows: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Pruning:
     """What prune_model did; `model.packedbert_pruning` holds it.
 
     Attributes:
-        plans: heads and FFN rows that each layer keeps.
+        kept: of each layer.
         cost: by which they were chosen.
         dense_cost: of the model before, in `cost.unit`.
         pruned_cost: of the model now.
         method: how importance was judged.
     """
 
-    plans: tuple[LayerPlan, ...]
+    kept: tuple[Kept, ...]
     cost: CostModel
     dense_cost: float
     pruned_cost: float
@@ -57,6 +64,19 @@ class Pruning:
         return self.dense_cost / self.pruned_cost
 
 
+@dataclass(frozen=True)
+class GateGradients:
+    """How the loss of each example answers to a gate on each head and FFN row, where the gates are 1.
+
+    Attributes:
+        heads: for each layer [examples, heads].
+        rows: for each layer [examples, FFN rows].
+    """
+
+    heads: list[Tensor]
+    rows: list[Tensor]
+
+
 Progress = Callable[[str, int, int], object]
 
 
@@ -65,7 +85,7 @@ def prune_model(
     data: Sequence[examples.Example],
     target: float = 2.0,
     *,
-    method: str = "fisher",
+    method: str | GateGradients = "fisher",
     cost_model: str | CostModel = "measured",
     batch: int = 8,
     length: int = 128,
@@ -84,7 +104,8 @@ def prune_model(
         model: a stock BERT with one BertModel in it, whose forward returns a loss for `data`; it is left as it is.
         data: labelled examples (see examples.py), one to two thousand.
         target: how many times faster than the dense model, both patched.
-        method: how importance is judged, one of `METHODS`: "fisher", by gradients, or "magnitude", by weights.
+        method: how importance is judged, one of `METHODS`: "fisher", by gradients, or "magnitude", by weights; or what
+            gate_gradients returned before, to prune to several targets.
         cost_model: "measured" times our kernels on this machine, "flops" counts; or a CostModel that was made before.
         batch, length: what speed is asked for, without padding.
         precision: that the pruned model will be patched with, if measured.
@@ -119,27 +140,29 @@ def prune_model(
             f"target: expected at most {dense_cost / least:.2f}x, which one head and {ROW_BLOCK} FFN rows a layer "
             f"would give ({cost_model.about}), got {target:g}x"
         )
-    if method == "fisher":
+    if isinstance(method, GateGradients):
+        gradients, method = method, "fisher"
+    elif method == "fisher":
         gradients = gate_gradients(model, data, functools.partial(report, "importance"))
     else:
         gradients = _magnitudes(layers, structure.head_size)
-    plans = choose(gradients, cost_model, budget)
+    kept = choose(gradients, cost_model, budget)
 
     pruned = copy.deepcopy(model)
     target_bert = only_bert(pruned)
-    _zero_what_is_gone(target_bert, plans, structure.head_size)
+    _zero_what_is_gone(target_bert, kept, structure.head_size)
     if reconstruct:
         _fit_layers(bert, target_bert, data, functools.partial(report, "reconstruction"))
-    left = [(len(plan.heads), len(plan.ffn_rows)) for plan in plans]
-    result = Pruning(tuple(plans), cost_model, dense_cost, cost_model.of(left), method)
+    left = [(len(layer.heads), len(layer.ffn_rows)) for layer in kept]
+    result = Pruning(tuple(kept), cost_model, dense_cost, cost_model.of(left), method)
     pruned.packedbert_pruning = result  # type: ignore[assignment]
     return pruned
 
 
-def _check(target: float, method: str, cost_model: str | CostModel) -> None:
+def _check(target: float, method: str | GateGradients, cost_model: str | CostModel) -> None:
     if not target > 1:
         raise ValueError(f"target: expected a speed-up of more than 1, got {target}")
-    if method not in METHODS:
+    if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if isinstance(cost_model, str) and cost_model not in COSTS:
         raise ValueError(f"cost_model: expected one of {', '.join(COSTS)}, or a CostModel, got {cost_model!r}")
@@ -176,19 +199,6 @@ def _shape(config: Any) -> bench.Structure:
 
 
 # ------------------------------------------------------------------------------------------------- importance
-
-
-@dataclass(frozen=True)
-class GateGradients:
-    """How the loss of each example answers to a gate on each head and FFN row, where the gates are 1.
-
-    Attributes:
-        heads: for each layer [examples, heads].
-        rows: for each layer [examples, FFN rows].
-    """
-
-    heads: list[Tensor]
-    rows: list[Tensor]
 
 
 def gate_gradients(
@@ -278,7 +288,7 @@ def _magnitudes(layers: Sequence[DenseLayer], head_size: int) -> GateGradients:
 # ----------------------------------------------------------------------------------------------------- search
 
 
-def choose(gradients: GateGradients, cost_model: CostModel, budget: float) -> list[LayerPlan]:
+def choose(gradients: GateGradients, cost_model: CostModel, budget: float) -> list[Kept]:
     """What each layer keeps, so that the cost is within the budget and the estimated loss is small.
 
     Every layer's heads, and its blocks of FFN rows, are ranked by the diagonal of the Fisher information; how many of
@@ -325,7 +335,7 @@ def choose(gradients: GateGradients, cost_model: CostModel, budget: float) -> li
             break
         kept[max(offers)[1]] += 1
 
-    plans = []
+    kept_of_layers = []
     for index in range(len(gradients.heads)):
         parts = []
         for kind in ("heads", "rows"):
@@ -335,8 +345,8 @@ def choose(gradients: GateGradients, cost_model: CostModel, budget: float) -> li
             keep = torch.zeros(len(fisher), dtype=torch.bool)
             keep[ranked[:count]] = True
             parts.append(tuple(rearrange(fisher, keep).nonzero().flatten().tolist()))
-        plans.append(LayerPlan(*parts))
-    return plans
+        kept_of_layers.append(Kept(*parts))
+    return kept_of_layers
 
 
 def rearrange(fisher: Tensor, keep: Tensor) -> Tensor:
@@ -371,17 +381,17 @@ def rearrange(fisher: Tensor, keep: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _zero_what_is_gone(bert: BertModel, plans: Sequence[LayerPlan], head_size: int) -> None:
-    for layer, plan in zip(bert.encoder.layer, plans, strict=True):
+def _zero_what_is_gone(bert: BertModel, kept: Sequence[Kept], head_size: int) -> None:
+    for layer, left in zip(bert.encoder.layer, kept, strict=True):
         heads = torch.ones(layer.attention.self.query.out_features // head_size, dtype=torch.bool)
-        heads[list(plan.heads)] = False
+        heads[list(left.heads)] = False
         inner = heads.repeat_interleave(head_size)
         for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
             linear.weight[inner] = 0
             linear.bias[inner] = 0
         layer.attention.output.dense.weight[:, inner] = 0
         rows = torch.ones(layer.intermediate.dense.out_features, dtype=torch.bool)
-        rows[list(plan.ffn_rows)] = False
+        rows[list(left.ffn_rows)] = False
         layer.intermediate.dense.weight[rows] = 0
         layer.intermediate.dense.bias[rows] = 0
         layer.output.dense.weight[:, rows] = 0
@@ -401,7 +411,8 @@ class _Sublayers:
     """The two halves of a layer, each cut before its last matrix: `inner` gives its inputs."""
 
     def __init__(self, weights: LayerWeights, heads: int, structure: EncoderStructure) -> None:
-        self.weights, self.heads, self.structure = weights, heads, structure
+        self.weights = weights = LayerWeights(*(weight.float() for weight in weights))
+        self.heads, self.structure = heads, structure
         self.qkv = ops.prepack_linear(weights.qkv_weight)
         self.up = ops.prepack_linear(weights.up_weight)
 
@@ -443,18 +454,14 @@ def _fit_layers(
     structure, stored = dense_layers(dense)
     _, narrow = dense_layers(pruned)
     for index, (full, zeroed) in enumerate(zip(stored, narrow, strict=True)):
-        plan = plan_layer(zeroed, structure.head_size)
-        whole = LayerPlan(
-            tuple(range(full.value_weight.shape[0] // structure.head_size)), tuple(range(full.up_weight.shape[0]))
+        plans = [plan_layer(layer, structure.head_size) for layer in (full, zeroed)]
+        teacher, student = (
+            _Sublayers(pack_layer(layer, plan, structure.head_size, structure.activation), len(plan.heads), structure)
+            for layer, plan in zip((full, zeroed), plans, strict=True)
         )
-        pack = functools.partial(pack_layer, head_size=structure.head_size, activation=structure.activation)
-        teacher = _Sublayers(_floats(pack(full, whole)), len(whole.heads), structure)
-        student = _Sublayers(_floats(pack(zeroed, plan)), len(plan.heads), structure)
-        layer = pruned.encoder.layer[index]
-        head_columns = torch.tensor(plan.heads).repeat_interleave(structure.head_size) * structure.head_size
-        head_columns += torch.arange(structure.head_size).repeat(len(plan.heads))
+        layer, plan = pruned.encoder.layer[index], plans[1]
         places = (
-            (layer.attention.output.dense, head_columns),
+            (layer.attention.output.dense, places_of(plan, plan.value_dimensions, structure.head_size)),
             (layer.output.dense, torch.tensor(plan.ffn_rows, dtype=torch.long)),
         )
         for half, (module, columns) in enumerate(places):
@@ -470,7 +477,8 @@ def _fit_layers(
             for _, stream in streams:
                 inner = student.inner(half, stream.tokens, stream.cu_seqlens)
                 stream.tokens = student.norm(half, ops.packed_linear(inner, *fitted, residual=stream.tokens))
-            module.weight[:, columns] = weight.to(module.weight.dtype)
+            real = columns >= 0  # a head may be padded
+            module.weight[:, columns[real]] = weight[:, real].to(module.weight.dtype)
             module.bias.copy_(bias)
             progress(2 * index + half + 1, 2 * len(stored))
 
@@ -478,10 +486,6 @@ def _fit_layers(
 def _prepacked(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """For ops.packed_linear. PyTorch's own product is compiled anew for every number of tokens."""
     return ops.prepack_linear(weight), bias
-
-
-def _floats(weights: LayerWeights) -> LayerWeights:
-    return LayerWeights(*(weight.float() for weight in weights))
 
 
 class _LeastSquares:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from . import examples
 from .patch import dense_layers, patch_model
-from .prune import only_bert
-from .structure import LayerPlan, plan_layer
+from .prune import Kept, only_bert
+from .structure import plan_layer
 
 #: Steps between two looks at the clock, to save or to stop.
 _LOOK_EVERY = 10
@@ -88,10 +88,10 @@ def recover_model(
     recipe = recipe or Recipe()
     examples.check(data)
     bert = only_bert(model)
-    plans = _plans(bert)
+    kept = _kept(bert)
     state_file = None if folder is None else _state_file(folder)
     torch.manual_seed(recipe.seed)
-    training = _Training(_narrow(model, plans), _patched(teacher), data, recipe, bert.config.pad_token_id or 0)
+    training = _Training(_narrow(model, kept), _patched(teacher), data, recipe, bert.config.pad_token_id or 0)
     if state_file is not None and state_file.exists():
         training.load(state_file)
     try:
@@ -102,7 +102,7 @@ def recover_model(
         raise
     if state_file is not None:
         training.save(state_file)
-    _write_back(model, training.student, plans)
+    _write_back(model, training.student, kept)
     return model.eval()
 
 
@@ -269,21 +269,21 @@ def distillation_loss(
 # ------------------------------------------------------------------------------------------- narrow, and back
 
 
-def _plans(bert: Any) -> list[LayerPlan]:
+def _kept(bert: Any) -> list[Kept]:
     """What is not zero. Stock modules can't run without any head, so one stays."""
     structure, layers = dense_layers(bert)
-    plans = []
+    kept = []
     for layer in layers:
         plan = plan_layer(layer, structure.head_size)
-        plans.append(LayerPlan(plan.heads or (0,), plan.ffn_rows))
-    return plans
+        kept.append(Kept(plan.heads or (0,), plan.ffn_rows))
+    return kept
 
 
 @torch.no_grad()
-def _narrow(model: nn.Module, plans: Sequence[LayerPlan]) -> Any:
+def _narrow(model: nn.Module, kept: Sequence[Kept]) -> Any:
     """A copy in stock modules of the widths that are left, to train."""
     narrow = copy.deepcopy(model).float()
-    for layer, plan in zip(only_bert(narrow).encoder.layer, plans, strict=True):
+    for layer, plan in zip(only_bert(narrow).encoder.layer, kept, strict=True):
         for place, rows, columns in _places(layer, plan):
             wide = layer.get_submodule(place)
             weight = wide.weight[rows][:, columns]
@@ -298,11 +298,11 @@ def _narrow(model: nn.Module, plans: Sequence[LayerPlan]) -> Any:
 
 
 @torch.no_grad()
-def _write_back(model: nn.Module, narrow: nn.Module, plans: Sequence[LayerPlan]) -> None:
+def _write_back(model: nn.Module, narrow: nn.Module, kept: Sequence[Kept]) -> None:
     """The trained weights, to where they are in the model."""
     layers, trained = only_bert(model).encoder.layer, only_bert(narrow).encoder.layer
     inside = set()
-    for index, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
+    for index, (layer, plan) in enumerate(zip(layers, kept, strict=True)):
         for place, rows, columns in _places(layer, plan):
             linear, whole = trained[index].get_submodule(place), layer.get_submodule(place)
             whole.weight[rows[:, None], columns] = linear.weight.to(whole.weight.dtype)
@@ -315,7 +315,7 @@ def _write_back(model: nn.Module, narrow: nn.Module, plans: Sequence[LayerPlan])
             parameter.copy_(own[name])
 
 
-def _places(layer: Any, plan: LayerPlan) -> list[tuple[str, Tensor, Tensor]]:
+def _places(layer: Any, plan: Kept) -> list[tuple[str, Tensor, Tensor]]:
     """Of a stock layer's linear modules: name, and which of their rows and columns a plan keeps."""
     size = layer.attention.self.attention_head_size
     hidden = torch.arange(layer.attention.output.dense.out_features)

@@ -19,6 +19,7 @@ class LayerReport:
     Attributes:
         heads: those that are left, numbered as before any pruning.
         ffn_width: FFN rows that are left.
+        head_size: dimensions of each of these heads.
         parameters_before: of the layer as the model stored it.
         parameters_after: of the packed layer.
         precisions: what each of `reference.MATRICES` is stored in, e.g. "int8".
@@ -26,6 +27,7 @@ class LayerReport:
 
     heads: tuple[int, ...]
     ffn_width: int
+    head_size: int
     parameters_before: int
     parameters_after: int
     precisions: tuple[str, ...]
@@ -103,7 +105,7 @@ class PatchReport:
             kept = "".join("■" if head in layer.heads else "·" for head in range(s.num_heads))
             table.add_row(
                 str(index),
-                str(len(layer.heads)),
+                f"{len(layer.heads)}" + (f" x {layer.head_size}" if layer.head_size < s.head_size else ""),
                 kept,
                 f"{layer.ffn_width:,}",
                 f"{layer.parameters_before:,}",
@@ -152,8 +154,9 @@ def make_report(
         LayerReport(
             heads=now.heads,
             ffn_width=now.ffn_width,
-            parameters_before=structure.layer_parameters(len(was.heads), was.ffn_width),
-            parameters_after=structure.layer_parameters(len(now.heads), now.ffn_width),
+            head_size=structure.head_size_of(now),
+            parameters_before=structure.layer_parameters(len(was.heads), was.ffn_width, was.head_size),
+            parameters_after=structure.layer_parameters(len(now.heads), now.ffn_width, now.head_size),
             precisions=stored_in,
         )
         for was, now, stored_in in zip(stored, structure.layers, precisions, strict=True)

@@ -5,10 +5,16 @@ folds what a removed part still contributes, a constant, into the next bias):
 
 - an FFN row whose weights are all zero gives the constant act(bias); one whose output column is all zero gives
   nothing;
-- a head whose value rows are all zero gives the constant b_v, since attention probabilities sum to 1; one whose
-  output columns are all zero gives nothing.
+- a dimension of a head's values whose row is zero gives the constant b_v, since attention probabilities sum to 1; one
+  whose output column is zero gives nothing. A head that has no other dimension of values may go as a whole;
+- a dimension of a head's queries and keys whose key row is zero adds the same to every key's score, whatever the key's
+  bias, and softmax cancels it; one whose query row *and* query bias are zero adds nothing. (A query bias alone adds
+  b_q k, which differs from key to key.)
 
-Both rules hold in inference only: dropout would scale what is folded.
+The kernels know one head size for the queries, keys and values of all heads of a layer. So dimensions go only as far
+as the widest head that is left allows; heads that need fewer are padded with zeros.
+
+What is folded holds in inference only: dropout would scale it.
 """
 
 from dataclasses import dataclass
@@ -16,6 +22,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+#: Heads that have lost dimensions are padded to a multiple of this: in half precision the 16 bytes that a GPU copies at
+#: a time. The CPU kernels take any size as well.
+HEAD_SIZE_STEP = 8
 
 
 class DenseLayer(NamedTuple):
@@ -40,10 +50,17 @@ class DenseLayer(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-    """What to keep of a layer: positions among the heads and FFN rows that it stores, ascending."""
+    """What to keep of a layer: positions among the heads and FFN rows that it stores, ascending.
+
+    Of each of these heads some dimensions are kept, numbered within the head, ascending, and at most `head_size` of
+    either kind.
+    """
 
     heads: tuple[int, ...]
     ffn_rows: tuple[int, ...]
+    head_size: int
+    query_key_dimensions: tuple[tuple[int, ...], ...]
+    value_dimensions: tuple[tuple[int, ...], ...]
 
 
 class LayerStructure(NamedTuple):
@@ -51,6 +68,8 @@ class LayerStructure(NamedTuple):
 
     heads: tuple[int, ...]
     ffn_width: int
+    #: Dimensions of each of these heads; None: as many as before any pruning.
+    head_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class EncoderStructure:
     Attributes:
         hidden_size: width of the residual stream.
         num_heads: heads of every layer before pruning.
-        head_size: dimensions of a head.
+        head_size: dimensions of a head before pruning.
         intermediate_size: FFN rows of every layer before pruning.
         activation: of the FFN, one of `reference.ACTIVATIONS`.
         norm: "layer_norm" or "no_norm".
@@ -77,16 +96,20 @@ class EncoderStructure:
     eps: float
     layers: tuple[LayerStructure, ...]
 
-    def layer_parameters(self, heads: int, ffn_width: int) -> int:
-        """Parameters of a layer with that many heads and FFN rows."""
-        inner = heads * self.head_size
+    def head_size_of(self, layer: LayerStructure) -> int:
+        """Dimensions of each head that is left of one of the layers."""
+        return self.head_size if layer.head_size is None else layer.head_size
+
+    def layer_parameters(self, heads: int, ffn_width: int, head_size: int | None = None) -> int:
+        """Parameters of a layer with that many heads and FFN rows; head_size None: as before pruning."""
+        inner = heads * (self.head_size if head_size is None else head_size)
         attention = 3 * inner * (self.hidden_size + 1) + self.hidden_size * (inner + 1)
         ffn = ffn_width * (self.hidden_size + 1) + self.hidden_size * (ffn_width + 1)
         return attention + ffn + 4 * self.hidden_size
 
 
 def plan_layer(layer: DenseLayer, head_size: int) -> LayerPlan:
-    """Find the heads and FFN rows that have to be kept.
+    """Find the heads, their dimensions, and the FFN rows that have to be kept.
 
     Args:
         layer: dense weights, on any device.
@@ -102,9 +125,23 @@ def plan_layer(layer: DenseLayer, head_size: int) -> LayerPlan:
                 f"{name}: expected finite weights, got {bad} NaN or infinite of {tensor.numel()}; "
                 "the checkpoint is damaged or the training diverged"
             )
-    stored = layer.value_weight.shape[0] // head_size
-    value_rows = layer.value_weight.reshape(stored, head_size * layer.value_weight.shape[1])
-    output_columns = layer.attention_output_weight.t().reshape(value_rows.shape)
-    heads = (value_rows != 0).any(1) & (output_columns != 0).any(1)
+    query = (layer.query_weight != 0).any(1) | (layer.query_bias != 0)
+    key = (layer.key_weight != 0).any(1)
+    value = (layer.value_weight != 0).any(1) & (layer.attention_output_weight != 0).any(0)
+    heads = value.view(-1, head_size).any(1)
+    query_key_dimensions, value_dimensions = (
+        tuple(_positions(dimensions) for dimensions in needed.view(-1, head_size)[heads])
+        for needed in (query & key, value)
+    )
+    widest = max(map(len, query_key_dimensions + value_dimensions), default=head_size)
+    size = -(-widest // HEAD_SIZE_STEP) * HEAD_SIZE_STEP
+    if size >= head_size:  # nothing would be saved: leave the layer's attention as it is
+        size = head_size
+        query_key_dimensions = value_dimensions = (tuple(range(head_size)),) * len(value_dimensions)
     ffn_rows = (layer.up_weight != 0).any(1) & (layer.down_weight != 0).any(0)
-    return LayerPlan(tuple(heads.nonzero().flatten().tolist()), tuple(ffn_rows.nonzero().flatten().tolist()))
+    return LayerPlan(_positions(heads), _positions(ffn_rows), size, query_key_dimensions, value_dimensions)
+
+
+def _positions(mask: Tensor) -> tuple[int, ...]:
+    """Where a vector of booleans is true."""
+    return tuple(mask.nonzero().flatten().tolist())

@@ -10,6 +10,10 @@ from transformers import BertConfig
 #: What can be zero in a removed head or FFN row.
 KEPT, ROWS_ZERO, COLUMNS_ZERO = "kept", "rows are zero", "columns are zero"
 
+#: What can be zero in a dimension of a head's queries and keys. The first two have to be kept.
+QUERY_ZERO, QUERY_GONE, KEY_ZERO = "query row is zero", "query row and bias are zero", "key row is zero"
+QUERY_KEY_KINDS = (KEPT, QUERY_ZERO, QUERY_GONE, KEY_ZERO)
+
 ARCHITECTURES = (
     "BertModel",
     "BertForQuestionAnswering",
@@ -77,6 +81,34 @@ def prune(model: nn.Module, heads: Sequence[Sequence[str]], rows: Sequence[Seque
                 layer.intermediate.dense.weight[row] = 0
             elif kind == COLUMNS_ZERO:
                 layer.output.dense.weight[:, row] = 0
+    return model
+
+
+@torch.no_grad()
+def prune_dimensions(
+    model: nn.Module, query_key: Sequence[Sequence[Sequence[str]]], value: Sequence[Sequence[Sequence[str]]]
+) -> nn.Module:
+    """Zero dimensions within heads, in place.
+
+    Args:
+        model: from `tiny_bert`.
+        query_key: one of QUERY_KEY_KINDS for every dimension of every head of every layer.
+        value: KEPT, ROWS_ZERO or COLUMNS_ZERO for every dimension of every head of every layer.
+    """
+    for layer, of_queries, of_values in zip(encoder_of(model).layer, query_key, value, strict=True):
+        attention = layer.attention.self
+        for row, kind in enumerate(kind for head in of_queries for kind in head):
+            if kind in (QUERY_ZERO, QUERY_GONE):
+                attention.query.weight[row] = 0
+            if kind == QUERY_GONE:
+                attention.query.bias[row] = 0
+            if kind == KEY_ZERO:
+                attention.key.weight[row] = 0
+        for row, kind in enumerate(kind for head in of_values for kind in head):
+            if kind == ROWS_ZERO:
+                attention.value.weight[row] = 0
+            elif kind == COLUMNS_ZERO:
+                layer.attention.output.dense.weight[:, row] = 0
     return model
 
 

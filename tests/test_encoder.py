@@ -96,6 +96,19 @@ def test_encoder_of_any_width(hidden, head_size, layers):
     assert_as_exact_as_torch(got, own, reference.encoder(states, mask, weights, heads, "gelu", "no_norm", 1e-12))
 
 
+@pytest.mark.parametrize("length", [9, 90])  # steps split among threads, and token panels
+def test_head_sizes_may_differ_by_layer(isa, length):
+    """Scratch memory has room for the widest layer, and no layer reads what another left."""
+    heads, head_sizes = [3, 2, 0, 5, 1], [8, 40, 8, 16, 64]
+    states, mask, _, _ = encoder_case(2, length, [length, length // 2])
+    weights = []
+    for count, head_size in zip(heads, head_sizes, strict=True):
+        weights += random_layers([count], [33], head_size, states.shape[2], torch.float64, seed=head_size)
+    got = native(states, mask, weights, heads)
+    own = reference.encoder(states.float(), mask, [w.float() for w in weights], heads, "gelu", "layer_norm", 1e-12)
+    assert_as_exact_as_torch(got, own, reference.encoder(states, mask, weights, heads, "gelu", "layer_norm", 1e-12))
+
+
 @pytest.mark.parametrize("hidden", [64, 1024])  # rows of 1024 would share sets of the cache
 def test_bits_do_not_depend_on_threads_or_batch(isa, threads, hidden):
     states, mask, weights, heads = encoder_case(3, 60, [60, 31, 2], hidden)
