@@ -29,6 +29,9 @@ ORDER = (
     "qa",
     "squad",
     "bench",
+    "summary",
+    "charts",
+    "report_page",
     "cli",
 )
 

@@ -24,7 +24,7 @@ class Group(click.Group):
             except Exception as error:
                 if ctx.params.get("debug"):
                     raise
-                expected = isinstance(error, ValueError | TypeError | OSError | RuntimeError | IndexError)
+                expected = isinstance(error, ValueError | TypeError | OSError | RuntimeError | IndexError | ImportError)
                 text = str(error) if expected else f"{type(error).__name__}: {error} (a bug? --debug shows where)"
                 say(f"packedbert: {text}", "red")
                 ctx.exit(1)
@@ -40,6 +40,7 @@ def main(debug: bool) -> None:
     packedbert demo                                    what it does, in half a minute, offline
     packedbert qa --model DIR -q "Who?" -c "..."       answer a question
     packedbert inspect DIR                             what is left of a checkpoint
+    packedbert report DIR -o report.html               the same as a page, with pictures
     packedbert eval --model DIR --data dev.json.gz     exact match and F1 on SQuAD
     packedbert bench                                   dense, packed eager and patched, side by side
     """
@@ -48,5 +49,5 @@ def main(debug: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-for command in (demo.demo, answer.qa, look.inspect, answer.evaluate, speed.bench, look.backends):
+for command in (demo.demo, answer.qa, look.inspect, look.report, answer.evaluate, speed.bench, look.backends):
     main.add_command(command)
