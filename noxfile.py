@@ -25,7 +25,7 @@ def tests(session: nox.Session) -> None:
 def transformers(session: nox.Session, version: str) -> None:
     """The suite on one version of transformers."""
     session.install("torch==2.13.0")
-    session.install(f"transformers=={version}", ".", "pytest", "hypothesis", "ninja", "setuptools>=77")
+    session.install(f"transformers=={version}", ".[report]", "pytest", "hypothesis", "ninja", "setuptools>=77")
     session.run("pytest", *session.posargs)
 
 

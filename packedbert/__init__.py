@@ -18,7 +18,9 @@ from .hf import load
 from .patch import patch_model, unpatch_model
 from .qa import QuestionAnswerer
 from .report import PatchReport
+from .report_page import write_report
 from .squad import squad_metrics
+from .summary import summarize_model
 
 __all__ = [
     "BackendStatus",
@@ -33,5 +35,7 @@ __all__ = [
     "ops",
     "patch_model",
     "squad_metrics",
+    "summarize_model",
     "unpatch_model",
+    "write_report",
 ]
