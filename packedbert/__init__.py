@@ -14,12 +14,15 @@ from .calibration import calibrate
 from .checkpoint import CheckpointError
 from .config import PackedBertConfig
 from .dispatch import BackendStatus, PackedBertWarning, backends
+from .examples import squad_training_examples
 from .hf import load
 from .patch import patch_model, unpatch_model
+from .prune import prune_model
 from .qa import QuestionAnswerer
+from .recover import Recipe, recover_model
 from .report import PatchReport
 from .report_page import write_report
-from .squad import squad_metrics
+from .squad import load_squad, squad_metrics
 from .summary import summarize_model
 
 __all__ = [
@@ -29,12 +32,17 @@ __all__ = [
     "PackedBertWarning",
     "PatchReport",
     "QuestionAnswerer",
+    "Recipe",
     "backends",
     "calibrate",
     "load",
+    "load_squad",
     "ops",
     "patch_model",
+    "prune_model",
+    "recover_model",
     "squad_metrics",
+    "squad_training_examples",
     "summarize_model",
     "unpatch_model",
     "write_report",

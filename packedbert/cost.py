@@ -79,7 +79,8 @@ def measured(
     blocks = -(-structure.intermediate_size // ROW_BLOCK)
     heads = _points(structure.num_heads, (0, 1, 2, 3, 4, 6, 8, 12, 16))
     rows = _points(blocks, (0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128))
-    shapes = [(0, 0), *((count, 0) for count in heads[1:]), *((0, count) for count in rows[1:])]
+    whole, half = (structure.num_heads, blocks), (structure.num_heads // 2, blocks // 2)
+    shapes = [(0, 0), *((count, 0) for count in heads[1:]), *((0, count) for count in rows[1:]), whole, half]
     ids = [torch.randint(structure.vocab_size, (batch, length)) for _ in range(3)]
 
     runs: dict[tuple[int, int], Callable[[int], object]] = {}
@@ -108,10 +109,17 @@ def measured(
         both = bench.interleaved({"few": runs[0, 0], "many": lambda index: bare(ids[index % len(ids)])}, _ROUNDS)
     few, many = (statistics.median(both[name]) for name in ("few", "many"))
     layer = max(0.0, (many - few) / _LAYERS)
+
+    # Heads and rows together don't cost just the sum: a line through two models that have both corrects it.
+    of_heads, of_rows = curve(heads, lambda count: (count, 0)), curve(rows, lambda count: (0, count))
+    sums = [empty + _LAYERS * (of_heads[count] + of_rows[block]) for count, block in (whole, half)]
+    slope = (seconds[whole] - seconds[half]) / (sums[0] - sums[1])
+    offset = (seconds[whole] - slope * sums[0]) / _LAYERS
+    layers = len(structure.heads)
     return CostModel(
-        curve(heads, lambda count: (count, 0)),
-        curve(rows, lambda count: (0, count)),
-        empty + layer * (len(structure.heads) - _LAYERS),
+        tuple(slope * taken for taken in of_heads),
+        tuple(slope * taken for taken in of_rows),
+        slope * (empty + layer * (layers - _LAYERS)) + offset * layers,
         "s",
         f"measured at batch {batch}, length {length}, {precision}, {torch.get_num_threads()} threads",
     )

@@ -126,7 +126,7 @@ def prune_model(
     structure, layers = dense_layers(bert)
     report = progress or (lambda *_: None)
     if isinstance(cost_model, str):
-        shape = _shape(bert.config)
+        shape = structure_of(bert.config)
         if cost_model == "flops":
             cost_model = cost.flops(shape, batch, length)
         else:
@@ -183,8 +183,8 @@ def only_bert(model: nn.Module) -> BertModel:
     return berts[0]
 
 
-def _shape(config: Any) -> bench.Structure:
-    """Of the dense model."""
+def structure_of(config: Any) -> bench.Structure:
+    """The unpruned shape that a BertConfig describes."""
     layers = config.num_hidden_layers
     return bench.Structure(
         "dense",
