@@ -15,7 +15,7 @@ from .checkpoint import CheckpointError
 from .config import PackedBertConfig
 from .dispatch import BackendStatus, PackedBertWarning, backends
 from .examples import squad_training_examples
-from .hf import load
+from .hf import load, save_pruned
 from .patch import patch_model, unpatch_model
 from .prune import prune_model
 from .qa import QuestionAnswerer
@@ -41,6 +41,7 @@ __all__ = [
     "patch_model",
     "prune_model",
     "recover_model",
+    "save_pruned",
     "squad_metrics",
     "squad_training_examples",
     "summarize_model",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering
 
-from .patch import patch_model
+from .patch import narrow, patch_model
 
 Key = TypeVar("Key")
 
@@ -160,23 +160,14 @@ def build_stock(structure: Structure, seed: int = 0, *, stored: bool = False) ->
     with torch.device("meta"):
         model = BertForQuestionAnswering(config)
         for layer, heads, width in zip(model.bert.encoder.layer, structure.heads, structure.ffn_widths, strict=True):
-            _narrow(layer, structure, heads, structure.intermediate_size if stored else width)
+            head_size = structure.hidden_size // structure.num_heads
+            narrow(layer, heads, structure.intermediate_size if stored else width, head_size)
     model = model.to_empty(device="cpu").eval()
     embeddings = model.bert.embeddings
     embeddings.position_ids.copy_(torch.arange(structure.max_length)[None])
     embeddings.token_type_ids.zero_()
     _random_weights(model, structure, torch.Generator().manual_seed(seed))
     return model
-
-
-def _narrow(layer: Any, structure: Structure, heads: int, width: int) -> None:
-    hidden, attention = structure.hidden_size, layer.attention
-    inner = heads * hidden // structure.num_heads
-    for name in ("query", "key", "value"):
-        setattr(attention.self, name, nn.Linear(hidden, inner))
-    attention.self.num_attention_heads, attention.self.all_head_size = heads, inner
-    attention.output.dense = nn.Linear(inner, hidden)
-    layer.intermediate.dense, layer.output.dense = nn.Linear(hidden, width), nn.Linear(width, hidden)
 
 
 @torch.no_grad()

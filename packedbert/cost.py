@@ -87,7 +87,7 @@ def measured(
     for done, (count, block) in enumerate(shapes):
         width = min(block * ROW_BLOCK, structure.intermediate_size)
         model = _timed_model(structure, count, width, precision)
-        runs[count, block] = lambda index, model=model: model(ids[index % len(ids)])
+        runs[count, block] = _runner(model, ids)
         if progress is not None:
             progress(done + 1, len(shapes))
     with torch.inference_mode():
@@ -106,20 +106,21 @@ def measured(
     # What remains of a layer without heads and rows, norms mostly, counts once for every layer.
     bare = _timed_model(structure, 0, 0, precision, layers=2 * _LAYERS)
     with torch.inference_mode():
-        both = bench.interleaved({"few": runs[0, 0], "many": lambda index: bare(ids[index % len(ids)])}, _ROUNDS)
+        both = bench.interleaved({"few": runs[0, 0], "many": _runner(bare, ids)}, _ROUNDS)
     few, many = (statistics.median(both[name]) for name in ("few", "many"))
     layer = max(0.0, (many - few) / _LAYERS)
 
     # Heads and rows together don't cost just the sum: a line through two models that have both corrects it.
     of_heads, of_rows = curve(heads, lambda count: (count, 0)), curve(rows, lambda count: (0, count))
     sums = [empty + _LAYERS * (of_heads[count] + of_rows[block]) for count, block in (whole, half)]
-    slope = (seconds[whole] - seconds[half]) / (sums[0] - sums[1])
+    apart = seconds[whole] - seconds[half], sums[0] - sums[1]
+    slope = apart[0] / apart[1] if min(apart) > 0 else 1.0  # models so small that only noise was measured
     offset = (seconds[whole] - slope * sums[0]) / _LAYERS
     layers = len(structure.heads)
     return CostModel(
         tuple(slope * taken for taken in of_heads),
         tuple(slope * taken for taken in of_rows),
-        slope * (empty + layer * (layers - _LAYERS)) + offset * layers,
+        max(0.0, slope * (empty + layer * (layers - _LAYERS)) + offset * layers),
         "s",
         f"measured at batch {batch}, length {length}, {precision}, {torch.get_num_threads()} threads",
     )
@@ -127,6 +128,10 @@ def measured(
 
 def _points(most: int, wanted: Sequence[int]) -> list[int]:
     return [*(point for point in wanted if point < most), most]
+
+
+def _runner(model: Any, ids: Sequence[torch.Tensor]) -> Callable[[int], object]:
+    return lambda index: model(ids[index % len(ids)])
 
 
 def _timed_model(structure: bench.Structure, heads: int, width: int, precision: str, layers: int = _LAYERS) -> Any:

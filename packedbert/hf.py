@@ -6,20 +6,31 @@ A checkpoint that `save_pretrained` wrote from a packed model names us in its co
 straight into packed modules.
 """
 
+import copy
 import os
 from typing import Any
 
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, BertModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from .checkpoint import CheckpointError, StoredLayer, checkpoint_files, read_shapes, stored_layers
+from .checkpoint import CheckpointError, checkpoint_files, pruned_heads, read_shapes, stored_layers
 from .config import QUANT_METHOD, PackedBertConfig
 from .layers import QuantizedEmbedding
 from .modules import PackedBertModel, PackedEncoder
-from .patch import count_parameters, encoder_structure, install_encoder, leave_report, patch_model, replace_norms
+from .patch import (
+    count_parameters,
+    dense_layers,
+    encoder_structure,
+    install_encoder,
+    leave_report,
+    narrow,
+    patch_model,
+    replace_norms,
+)
 
 #: Task names of `load`, as in transformers' pipelines; each with what follows "AutoModel" and "Bert" in class names.
 TASKS = {
@@ -46,7 +57,9 @@ class PackedBertQuantizer(HfQuantizer):
         shapes = read_shapes(checkpoint_files) if checkpoint_files else None
         if self.quantization_config.layers is None:
             for layer, stored in zip(bert.encoder.layer, stored_layers(bert.config, shapes), strict=True):
-                _narrow(layer, stored, bert.config.hidden_size // bert.config.num_attention_heads)
+                narrow(
+                    layer, stored.heads, stored.ffn_width, bert.config.hidden_size // bert.config.num_attention_heads
+                )
             return model
         structure = encoder_structure(bert.config, self.quantization_config.layers)
         encoder = PackedEncoder(structure, None, self.quantization_config)
@@ -182,24 +195,6 @@ def _only_bert(model: nn.Module) -> BertModel:
     return berts[0]
 
 
-def _narrow(layer: Any, stored: StoredLayer, head_size: int) -> None:
-    """Give a stock BertLayer on the meta device the widths that the checkpoint stores."""
-    attention, inner = layer.attention, stored.heads * head_size
-    hidden = attention.output.dense.out_features
-    dtype = attention.output.dense.weight.dtype
-
-    def linear(in_features: int, out_features: int) -> nn.Linear:
-        return nn.utils.skip_init(nn.Linear, in_features, out_features, device="meta", dtype=dtype)
-
-    for name in ("query", "key", "value"):
-        setattr(attention.self, name, linear(hidden, inner))
-    attention.self.num_attention_heads = stored.heads
-    attention.self.all_head_size = inner
-    attention.output.dense = linear(inner, hidden)
-    layer.intermediate.dense = linear(hidden, stored.ffn_width)
-    layer.output.dense = linear(stored.ffn_width, hidden)
-
-
 def _expect_int8_embeddings(bert: BertModel, shapes: dict[str, tuple[int, ...]] | None) -> None:
     """Make room for a checkpoint's int8 table, which has to be in it."""
     name = "embeddings.word_embeddings.weight_scale"
@@ -219,3 +214,49 @@ def _check_packed(encoder: PackedEncoder, shapes: dict[str, tuple[int, ...]]) ->
                 f"encoder.{name}: expected {list(parameter.shape)} (quantization_config.layers in config.json), got "
                 f"{'nothing' if got is None else list(got)}"
             )
+
+
+def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a pruned, not packed model as nn_pruning published its own: what other tools read too.
+
+    Heads whose part of the output projection is zero are left out and listed in `config.pruned_heads`; FFN rows stay,
+    as zeros. `load` and `from_pretrained(..., quantization_config=PackedBertConfig())` read it.
+
+    Args:
+        model: from prune_model, trained or not; any stock BERT. It is not changed.
+        folder: made if it isn't there; config.json and model.safetensors in it are replaced.
+
+    Raises:
+        ValueError: a packed model, which save_pretrained writes.
+        OSError: the folder can't be written.
+    """
+    bert = _only_bert(model)
+    if isinstance(bert, PackedBertModel):
+        raise ValueError("save_pruned: expected a model that is not packed; save_pretrained writes packed ones")
+    structure, layers = dense_layers(bert)
+    size = structure.head_size
+    config = copy.deepcopy(bert.config)
+    config.architectures = [type(model).__name__]
+    gone_before = pruned_heads(config)
+    state = model.state_dict()
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is bert)
+    pruned = {}
+    for index, layer in enumerate(layers):
+        stored = layer.attention_output_weight.shape[1] // size
+        left = (layer.attention_output_weight.t().reshape(stored, size * structure.hidden_size) != 0).any(1)
+        inner = left.repeat_interleave(size)
+        name = f"{prefix}encoder.layer.{index}.attention."
+        for part in ("query", "key", "value"):
+            for kind in ("weight", "bias"):
+                state[f"{name}self.{part}.{kind}"] = state[f"{name}self.{part}.{kind}"][inner]
+        state[f"{name}output.dense.weight"] = state[f"{name}output.dense.weight"][:, inner]
+        numbers = [head for head in range(structure.num_heads) if head not in gone_before.get(index, ())]
+        kept = {number for number, stays in zip(numbers, left.tolist(), strict=True) if stays}
+        if gone := sorted(set(range(structure.num_heads)) - kept):
+            pruned[index] = gone
+    config.pruned_heads = pruned
+    os.makedirs(folder, exist_ok=True)
+    file = os.path.join(folder, "model.safetensors")
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, f"{file}.tmp", {"format": "pt"})
+    config.save_pretrained(folder)
+    os.replace(f"{file}.tmp", file)

@@ -171,6 +171,21 @@ def install_encoder(bert: BertModel, encoder: PackedEncoder) -> None:
     bert.__class__ = PackedBertModel
 
 
+def narrow(layer: Any, heads: int, ffn_width: int, head_size: int) -> None:
+    """Give a stock BertLayer other widths, with weights on the meta device: to be read or drawn afterwards."""
+    attention, inner = layer.attention, heads * head_size
+    hidden, dtype = attention.output.dense.out_features, attention.output.dense.weight.dtype
+
+    def linear(in_features: int, out_features: int) -> nn.Linear:
+        return nn.utils.skip_init(nn.Linear, in_features, out_features, device="meta", dtype=dtype)
+
+    for name in ("query", "key", "value"):
+        setattr(attention.self, name, linear(hidden, inner))
+    attention.self.num_attention_heads, attention.self.all_head_size = heads, inner
+    attention.output.dense = linear(inner, hidden)
+    layer.intermediate.dense, layer.output.dense = linear(hidden, ffn_width), linear(ffn_width, hidden)
+
+
 def replace_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Put a NoNorm with the same parameters in place of every LayerNorm; return the replaced ones by name."""
     replaced: dict[str, Any] = {name: module for name, module in model.named_modules() if type(module) is nn.LayerNorm}

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from . import answer, demo, look, speed
+from . import answer, demo, look, make, speed
 from .common import say
 
 
@@ -42,6 +42,7 @@ def main(debug: bool) -> None:
     packedbert inspect DIR                             what is left of a checkpoint
     packedbert report DIR -o report.html               the same as a page, with pictures
     packedbert eval --model DIR --data dev.json.gz     exact match and F1 on SQuAD
+    packedbert prune --model DIR --data F -o DIR       make a dense model faster
     packedbert bench                                   dense, packed eager and patched, side by side
     """
     import transformers
@@ -49,5 +50,14 @@ def main(debug: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-for command in (demo.demo, answer.qa, look.inspect, look.report, answer.evaluate, speed.bench, look.backends):
+for command in (
+    demo.demo,
+    answer.qa,
+    look.inspect,
+    look.report,
+    make.prune,
+    answer.evaluate,
+    speed.bench,
+    look.backends,
+):
     main.add_command(command)
