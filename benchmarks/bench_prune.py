@@ -40,7 +40,7 @@ CALIBRATION = 2048
 BATCH, LENGTH = 8, 128
 
 #: In bfloat16 a step takes half the time, where the processor has it.
-RECIPE = Recipe(epochs=2.0, learning_rate=1e-4, bfloat16=True)
+RECIPE = Recipe(epochs=1.5, learning_rate=1e-4, bfloat16=True)
 
 
 def answers(model: torch.nn.Module, tokenizer: Any, dataset: dict[str, Any]) -> dict[str, str]:

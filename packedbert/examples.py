@@ -55,19 +55,20 @@ def squad_training_examples(
     return examples
 
 
-def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """One batch: lists are padded on the right, [batch, longest]; numbers become [batch].
+def collate(examples: Sequence[Example], pad_token_id: int = 0, multiple: int = 1) -> dict[str, Tensor]:
+    """One batch: lists are padded on the right, [batch, length]; numbers become [batch].
 
     Args:
         examples: with the same keys.
         pad_token_id: for input_ids; token labels get -100, which losses ignore, and everything else 0.
+        multiple: of which length is one: PyTorch's products are compiled for every length that is new to them.
     """
     padding = {"input_ids": pad_token_id, "labels": -100}
     batch = {}
     for name, value in examples[0].items():
         values = [example[name] for example in examples]
         if isinstance(value, (list, tuple)):
-            longest = max(map(len, values))
+            longest = -(-max(map(len, values)) // multiple) * multiple
             values = [[*row, *[padding.get(name, 0)] * (longest - len(row))] for row in values]
         batch[name] = torch.tensor(values)
     return batch

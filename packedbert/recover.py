@@ -21,6 +21,9 @@ from .patch import dense_layers, patch_model
 from .prune import Kept, only_bert
 from .structure import plan_layer
 
+#: Batches are as long as a multiple of this: PyTorch's products are compiled anew for every length, at some seconds each.
+_LENGTHS = 32
+
 #: Steps between two looks at the clock, to save or to stop.
 _LOOK_EVERY = 10
 
@@ -37,6 +40,7 @@ class Recipe:
         weight_decay: of AdamW, on matrices.
         alpha: share of the teacher's loss.
         temperature: of the softmax that teacher and student are compared at.
+        dropout: everywhere in the student while it is trained; a teacher regularizes too, and drawing takes time.
         seed: of the order and of dropout.
         bfloat16: compute products in bfloat16 (weights stay in float32): twice as fast where the processor has it.
     """
@@ -48,6 +52,7 @@ class Recipe:
     weight_decay: float = 0.01
     alpha: float = 0.9
     temperature: float = 2.0
+    dropout: float = 0.0
     seed: int = 0
     bfloat16: bool = False
 
@@ -143,11 +148,14 @@ class _Training:
     ) -> None:
         """All steps that are left."""
         self.student.train()
+        for module in self.student.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self.recipe.dropout
         saved = last = time.perf_counter()
         while self.step < self.steps:
             epoch, first = divmod(self.step, self.batches)
             for batch in self._epoch(epoch)[first:]:
-                self._train_step(examples.collate([self.data[index] for index in batch], self.pad))
+                self._train_step(examples.collate([self.data[index] for index in batch], self.pad, _LENGTHS))
                 now = time.perf_counter()
                 self.seconds, last = self.seconds + now - last, now
                 if self.step % _LOOK_EVERY == 0:
