@@ -8,6 +8,7 @@ Importing this needs triton. With TRITON_INTERPRET=1 set before, the kernels run
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -241,10 +242,11 @@ def packed_linear(
     eps: float = 1e-12,
 ) -> Tensor:
     """As `ops.packed_linear`, with the canonical weight, in float32, float16 or bfloat16."""
-    rows = input.reshape(-1, input.shape[-1]).contiguous()
-    flat = None if residual is None else residual.reshape(-1, weight.shape[0]).contiguous()
+    count, out_features = math.prod(input.shape[:-1]), weight.shape[0]
+    rows = input.reshape(count, input.shape[-1]).contiguous()
+    flat = None if residual is None else residual.reshape(count, out_features).contiguous()
     output = _linear(rows, weight.contiguous(), bias.contiguous(), activation, flat)
-    return _normalize(output, norm, norm_weight, norm_bias, eps).view(*input.shape[:-1], weight.shape[0])
+    return _normalize(output, norm, norm_weight, norm_bias, eps).view(*input.shape[:-1], out_features)
 
 
 def attention_tile(float32: bool, head_size: int) -> tuple[int, int]:
