@@ -10,7 +10,7 @@ Importing this needs triton. With TRITON_INTERPRET=1 set before, the kernels run
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 import triton
@@ -176,6 +176,19 @@ def choose_tile(key: tuple[Any, ...], run: Callable[[Tile], object], tiles: Sequ
 
 # --------------------------------------------------------------------------------------------------- launches
 
+P = ParamSpec("P")
+
+
+def _on_its_device(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """On the device of its first argument: Triton launches on the current one, whatever tensors it is given."""
+
+    @functools.wraps(function)
+    def guarded(first: Tensor, *rest: P.args, **named: P.kwargs) -> Tensor:
+        with torch.cuda.device_of(first):
+            return function(first, *rest, **named)
+
+    return guarded
+
 
 def _linear(
     input: Tensor,
@@ -230,6 +243,7 @@ def _normalize(
     return x
 
 
+@_on_its_device
 def packed_linear(
     input: Tensor,
     weight: Tensor,
@@ -258,6 +272,7 @@ def attention_tile(float32: bool, head_size: int) -> tuple[int, int]:
     return 64, 64 if head_size <= 32 else 32
 
 
+@_on_its_device
 def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, max_length: int | None = None) -> Tensor:
     """As `ops.pruned_attention` in float. `max_length`: of a sequence, at most; else all tokens may be one's."""
     tokens, width = qkv.shape[0], qkv.shape[1] // 3
@@ -282,6 +297,7 @@ def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, max_length
     return output
 
 
+@_on_its_device
 def encoder(
     hidden_states: Tensor,
     mask: Tensor | None,

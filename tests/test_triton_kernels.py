@@ -4,15 +4,16 @@ test_backends.py has the cases of single ops and encoders. None of this ran on a
 the kernels for GPUs ahead of time.
 """
 
+import contextlib
 import copy
 from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_cases import TORCH, Case, attention, linear, rows
+from cuda_cases import TORCH, Case, attention, encoder, linear, rows
 from models import KEPT, QUERY_GONE, ROWS_ZERO, prune, prune_dimensions, tiny_bert, tiny_config
 from op_cases import assert_as_exact_as_torch
-from triton_interpreter import broken_kernels, triton_kernels
+from triton_interpreter import Caged, broken_kernels, triton_kernels
 
 import packedbert
 
@@ -25,9 +26,9 @@ def pruned_model(norm="layer_norm"):
     return prune_dimensions(model, [[narrow[0]] * 4, whole], [[narrow[1]] * 4, whole])
 
 
-def padded_batch():
+def padded_batch(length=9):
     """Three sequences, one of them without tokens."""
-    mask = torch.arange(9) < torch.tensor([[9], [0], [4]])
+    mask = torch.arange(length) < torch.tensor([[length], [0], [4]])
     return {"input_ids": torch.randint(0, 61, mask.shape), "attention_mask": mask.long()}
 
 
@@ -49,10 +50,13 @@ def test_a_patched_model(norm, dtype):
 
 
 def test_a_compiled_model_has_no_graph_break():
-    model, batch = packedbert.patch_model(pruned_model(), backend="triton"), padded_batch()
-    expected = model(**batch).last_hidden_state
-    got = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch).last_hidden_state
-    torch.testing.assert_close(got, expected)
+    torch._dynamo.reset()
+    model = packedbert.patch_model(pruned_model(), backend="triton")
+    compiled = torch.compile(model, fullgraph=True)
+    for length in (9, 13):
+        batch = padded_batch(length)
+        expected, got = (m(**batch).last_hidden_state for m in (model, compiled))
+        torch.testing.assert_close(got, expected)
 
 
 def test_a_new_length_starts_no_new_search(monkeypatch):
@@ -70,6 +74,33 @@ def test_a_new_length_starts_no_new_search(monkeypatch):
             assert triton_kernels.choose_tile(key, lambda tile: None, tiles) == tiles[0]
     buckets = len(searches) // len(tiles)
     assert buckets <= 5  # of tokens; the seed's sizes share one
+
+
+@pytest.mark.parametrize(
+    "case",
+    [linear("float32", (64, 64), 3, 8, 9), attention("float32", (3,), 1, 8), encoder("float32", 8, [(1, 8, 4)])],
+    ids=lambda case: case.method,
+)
+def test_kernels_are_launched_on_the_device_of_their_tensors(case, monkeypatch):
+    """Triton takes the current one."""
+    devices, launches = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        devices.append(tensor.device)
+        yield
+        devices.pop()
+
+    def launch(caged, grid):
+        launches.append(devices[-1:])
+        return stock(caged, grid)
+
+    stock = Caged.__getitem__
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(Caged, "__getitem__", launch)
+    case.check(case.as_op(triton_kernels))
+    assert launches
+    assert all(on == [torch.device("cpu")] for on in launches)
 
 
 # ---------------------------------------------------------------------------------------------- the tester is tested
@@ -125,6 +156,7 @@ BUGS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of NaN
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name, tmp_path):
     bug = BUGS[name]
