@@ -22,8 +22,9 @@ def pruned_model(norm="layer_norm"):
     """Of 4 heads of 16, 2 of 8 are left in the first layer; the second has neither heads nor FFN rows."""
     model = tiny_bert(config=tiny_config(hidden_size=64, layer_norm_type=norm))
     prune(model, [[KEPT, ROWS_ZERO] * 2, [ROWS_ZERO] * 4], [[KEPT, ROWS_ZERO] * 20, [ROWS_ZERO] * 40])
-    narrow, whole = [[KEPT] * 5 + [kind] * 11 for kind in (QUERY_GONE, ROWS_ZERO)], [[KEPT] * 16] * 4
-    return prune_dimensions(model, [[narrow[0]] * 4, whole], [[narrow[1]] * 4, whole])
+    queries, values = ([[KEPT] * 5 + [gone] * 11] * 4 for gone in (QUERY_GONE, ROWS_ZERO))
+    whole = [[KEPT] * 16] * 4
+    return prune_dimensions(model, [queries, whole], [values, whole])
 
 
 def padded_batch(length=9):
