@@ -1,14 +1,15 @@
 """What Triton makes of its kernels ahead of time, without a GPU: `python benchmarks/triton_resources.py [--check]`.
 
-Every kernel, tile and dtype is compiled for NVIDIA's sm_80 to sm_120 and AMD's gfx90a and gfx942. One row each:
-registers, shared memory, spills, and the matrix instructions in the code (HMMA, HGMMA; MFMA on AMD). Counted, not
-measured.
+Every kernel, tile and dtype is compiled for NVIDIA's sm_80 to sm_120 and AMD's gfx90a and gfx942, for sizes that are
+multiples of 16 and for odd ones, which pruning makes. One row each: registers, shared memory, spills, and the matrix
+instructions in the code (HMMA, HGMMA, UTCHMMA; MFMA on AMD). Counted, not measured.
 `--check` writes nothing and fails on a spill, and where half precision has no matrix instruction.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -38,6 +39,7 @@ TARGETS = {
     **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")},
 }
 DTYPES = ("fp16", "bf16", "fp32")
+SIZES = ("x16", "odd")  # loads of odd rows are narrower, and take more registers
 MATRIX = {"cuda": r"HMMA|HGMMA|UTCHMMA|UTCQMMA", "hip": r"v_mfma"}
 console = Console(stderr=True)
 
@@ -47,6 +49,7 @@ class Build(NamedTuple):
 
     kernel: str
     variant: str
+    sizes: str
     dtype: str
     target: str
     signature: dict[str, str]
@@ -56,30 +59,29 @@ class Build(NamedTuple):
 
 def builds(targets: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[Build]:
     """Each kernel as the launches in triton_kernels.py compile it."""
-    for target in targets:
-        for dtype in dtypes:
-            value, index = f"*{dtype}", "*i32"
-            pointers = dict.fromkeys(("x_ptr", "w_ptr", "b_ptr", "r_ptr", "y_ptr"), value)
-            sizes = dict.fromkeys(("rows", "N", "K", "x_pitch", "r_pitch", "y_pitch"), "i32")
-            for tile in kernels.TILES:
-                constants = {"ACTIVATION": "gelu", "RESIDUAL": True, "BOUNDED": True}
-                constants |= {name: getattr(tile, name) for name in ("BM", "BN", "BK")}
-                options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-                signature = {**pointers, "rows_used_ptr": index, **sizes}
-                variant = f"{tile.BM}x{tile.BN}x{tile.BK}"
-                yield Build("_linear_kernel", variant, dtype, target, signature, constants, options)
-            names = ("x_ptr", "w_ptr", "b_ptr", "y_ptr")
-            signature = {**dict.fromkeys(names, value), "rows_used_ptr": index, "rows": "i32", "N": "i32"}
-            signature |= {"x_pitch": "i32", "y_pitch": "i32", "eps": "fp32"}
-            constants = {"LAYER_NORM": True, "BOUNDED": True, "BN": 1024}
-            yield Build("_norm_kernel", "1024", dtype, target, signature, constants, {"num_warps": 4})
-            signature = {"qkv_ptr": value, "o_ptr": value, "cu_seqlens_ptr": index}
-            signature |= {**dict.fromkeys(("pitch", "o_pitch", "heads", "D"), "i32"), "scale": "fp32"}
-            for head in (32, 64, 128):
-                queries, keys = kernels.attention_tile(dtype == "fp32", head)
-                constants = {"BD": head, "BM": queries, "BN": keys}
-                options = {"num_warps": 4, "num_stages": 2}
-                yield Build("_attention_kernel", f"head {head}", dtype, target, signature, constants, options)
+    for target, dtype, size in itertools.product(targets, dtypes, SIZES):
+        value, index = f"*{dtype}", "*i32"
+        pointers = dict.fromkeys(("x_ptr", "w_ptr", "b_ptr", "r_ptr", "y_ptr"), value)
+        sizes = dict.fromkeys(("rows", "N", "K", "x_pitch", "r_pitch", "y_pitch"), "i32")
+        signature = {**pointers, "rows_used_ptr": index, **sizes}
+        for tile in kernels.linear_tiles(dtype == "fp32"):
+            constants = {"ACTIVATION": "gelu", "RESIDUAL": True, "BOUNDED": True}
+            constants |= {name: getattr(tile, name) for name in ("BM", "BN", "BK")}
+            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            variant = f"{tile.BM}x{tile.BN}x{tile.BK}"
+            yield Build("_linear_kernel", variant, size, dtype, target, signature, constants, options)
+        names = ("x_ptr", "w_ptr", "b_ptr", "y_ptr")
+        signature = {**dict.fromkeys(names, value), "rows_used_ptr": index, "rows": "i32", "N": "i32"}
+        signature |= {"x_pitch": "i32", "y_pitch": "i32", "eps": "fp32"}
+        constants = {"LAYER_NORM": True, "BOUNDED": True, "BN": 1024}
+        yield Build("_norm_kernel", "1024", size, dtype, target, signature, constants, {"num_warps": 4})
+        signature = {"qkv_ptr": value, "o_ptr": value, "cu_seqlens_ptr": index}
+        signature |= {**dict.fromkeys(("pitch", "o_pitch", "heads", "D"), "i32"), "scale": "fp32"}
+        for head in (32, 64, 128):
+            queries, keys = kernels.attention_tile(dtype == "fp32", head)
+            constants = {"BD": head, "BM": queries, "BN": keys}
+            options = {"num_warps": 4, "num_stages": 2}
+            yield Build("_attention_kernel", f"head {head}", size, dtype, target, signature, constants, options)
 
 
 def compile_one(build: Build) -> dict[str, Any]:
@@ -90,11 +92,11 @@ def compile_one(build: Build) -> dict[str, Any]:
         fn=function,
         signature={**build.signature, **dict.fromkeys(build.constants, "constexpr")},
         constexprs={(names.index(name),): value for name, value in build.constants.items()},
-        # As at a launch with aligned arrays, and row pitches and sizes that are multiples of 16.
+        # As a launch tells Triton: arrays are aligned, and row pitches and sizes may be multiples of 16.
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in build.signature.items()
-            if kind[0] == "*" or name.endswith("pitch") or name in ("N", "K", "D")
+            if kind[0] == "*" or (build.sizes == "x16" and (name.endswith("pitch") or name in ("N", "K", "D")))
         },
     )
     target = TARGETS[build.target]
@@ -108,6 +110,7 @@ def compile_one(build: Build) -> dict[str, Any]:
     return {
         "kernel": build.kernel,
         "variant": build.variant,
+        "sizes": build.sizes,
         "dtype": build.dtype,
         "target": build.target,
         "registers": registers,
@@ -135,7 +138,7 @@ def _of_cubin(cubin: bytes) -> tuple[int, int, str]:
 
 def faults(row: dict[str, Any]) -> str:
     """What is wrong with a kernel; empty: nothing."""
-    name = " ".join(str(row[key]) for key in ("kernel", "variant", "dtype", "target"))
+    name = " ".join(str(row[key]) for key in ("kernel", "variant", "sizes", "dtype", "target"))
     if row["spilled"]:
         return f"{name}: spills ({row['spilled']})"
     if row["kernel"] != "_norm_kernel" and row["dtype"] != "fp32" and not row["matrix_instructions"]:

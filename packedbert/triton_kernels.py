@@ -8,8 +8,9 @@ Importing this needs triton. With TRITON_INTERPRET=1 set before, the kernels run
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 import triton
@@ -38,7 +39,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or a length that is a multiple of 16 would be compiled again
 def _linear_kernel(
     x_ptr, w_ptr, b_ptr, r_ptr, y_ptr, rows_used_ptr, rows, N, K, x_pitch, r_pitch, y_pitch,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BOUNDED: tl.constexpr,
@@ -69,7 +70,7 @@ def _linear_kernel(
         tl.store(output, sums.to(y_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, rows_used_ptr, rows, N, x_pitch, y_pitch, eps,
     LAYER_NORM: tl.constexpr, BOUNDED: tl.constexpr, BN: tl.constexpr,
@@ -141,8 +142,11 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-#: What is tried. Few: each is compiled.
-TILES = (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 4), Tile(32, 64, 32, 4, 4), Tile(16, 64, 64, 4, 4))
+def linear_tiles(float32: bool) -> tuple[Tile, ...]:
+    """What is tried for `_linear_kernel`. Few: each is compiled. Longer steps in float32 spill registers."""
+    step = 16 if float32 else 32
+    return Tile(128, 64, step, 8, 3), Tile(64, 64, step, 4, 4), Tile(32, 64, step, 4, 4), Tile(16, 64, 2 * step, 4, 4)
+
 
 _chosen: dict[tuple[Any, ...], Tile] = {}
 
@@ -156,7 +160,7 @@ def bucket(rows: int, out_features: int, in_features: int) -> tuple[int, int, in
     return power(rows, 16, 4096), power(out_features, 64, 1024), power(in_features, 64, 1024)
 
 
-def choose_tile(key: tuple[Any, ...], run: Callable[[Tile], object], tiles: Sequence[Tile] = TILES) -> Tile:
+def choose_tile(key: tuple[Any, ...], run: Callable[[Tile], object], tiles: Sequence[Tile]) -> Tile:
     """The fastest of `tiles` at the first call with that key; afterwards what was chosen then.
 
     Args:
@@ -171,6 +175,19 @@ def choose_tile(key: tuple[Any, ...], run: Callable[[Tile], object], tiles: Sequ
 
 
 # --------------------------------------------------------------------------------------------------- launches
+
+P = ParamSpec("P")
+
+
+def _on_its_device(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """On the device of its first argument: Triton launches on the current one, whatever tensors it is given."""
+
+    @functools.wraps(function)
+    def guarded(first: Tensor, *rest: P.args, **named: P.kwargs) -> Tensor:
+        with torch.cuda.device_of(first):
+            return function(first, *rest, **named)
+
+    return guarded
 
 
 def _linear(
@@ -200,12 +217,13 @@ def _linear(
             **tile._asdict(),
         )
 
+    tiles = linear_tiles(input.dtype == torch.float32)
     capturing = input.is_cuda and torch.cuda.is_current_stream_capturing()
     key = (input.device, input.dtype, *bucket(rows, out_features, in_features))
     if INTERPRETED or (capturing and key not in _chosen):
-        run(TILES[1])  # nothing to time
+        run(tiles[1])  # nothing to time
     else:
-        run(choose_tile(key, run))
+        run(choose_tile(key, run, tiles))
     return output
 
 
@@ -225,6 +243,7 @@ def _normalize(
     return x
 
 
+@_on_its_device
 def packed_linear(
     input: Tensor,
     weight: Tensor,
@@ -237,21 +256,23 @@ def packed_linear(
     eps: float = 1e-12,
 ) -> Tensor:
     """As `ops.packed_linear`, with the canonical weight, in float32, float16 or bfloat16."""
-    rows = input.reshape(-1, input.shape[-1]).contiguous()
-    flat = None if residual is None else residual.reshape(-1, weight.shape[0]).contiguous()
+    count, out_features = math.prod(input.shape[:-1]), weight.shape[0]
+    rows = input.reshape(count, input.shape[-1]).contiguous()
+    flat = None if residual is None else residual.reshape(count, out_features).contiguous()
     output = _linear(rows, weight.contiguous(), bias.contiguous(), activation, flat)
-    return _normalize(output, norm, norm_weight, norm_bias, eps).view(*input.shape[:-1], weight.shape[0])
+    return _normalize(output, norm, norm_weight, norm_bias, eps).view(*input.shape[:-1], out_features)
 
 
 def attention_tile(float32: bool, head_size: int) -> tuple[int, int]:
     """Queries and keys of a block of `_attention_kernel`: as many as its registers hold."""
-    if head_size > 64:
-        return 32, 16 if float32 else 32
     if float32:
+        return (16, 16) if head_size > 64 else (32, 32)
+    if head_size > 64:
         return 32, 32
     return 64, 64 if head_size <= 32 else 32
 
 
+@_on_its_device
 def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, max_length: int | None = None) -> Tensor:
     """As `ops.pruned_attention` in float. `max_length`: of a sequence, at most; else all tokens may be one's."""
     tokens, width = qkv.shape[0], qkv.shape[1] // 3
@@ -276,6 +297,7 @@ def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, max_length
     return output
 
 
+@_on_its_device
 def encoder(
     hidden_states: Tensor,
     mask: Tensor | None,

@@ -1,4 +1,4 @@
-"""Calls of the CUDA kernels for the emulator and the interpreter of PTX, each with its oracle.
+"""Calls of the kernels, each with its oracle: for CUDA's, emulated and as PTX, and for those of every other backend.
 
 A `Case` is a call of a method of `cuda_emulator.Kernels` with numpy arguments, what reference.py makes of the same
 numbers in float64, and what PyTorch itself makes of them in the kernel's dtype.
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from op_cases import assert_as_exact_as_torch, ragged_qkv
+from op_cases import assert_as_exact_as_torch, ragged_qkv, random_layers
 
 from packedbert import reference
 
@@ -30,10 +30,34 @@ class Case:
     own: torch.Tensor  # PyTorch's, in the dtype
     written: int | None = None  # so many rows have to be; None: all
 
-    def check(self, result: np.ndarray) -> None:
+    def check(self, result: np.ndarray | torch.Tensor) -> None:
         """Hold a result of the kernel to the bound that every kernel is held to."""
-        got = to_torch(result, self.own.dtype)[: self.written]
-        assert_as_exact_as_torch(got, self.own[: self.written], self.oracle[: self.written])
+        got = result if isinstance(result, torch.Tensor) else to_torch(result, self.own.dtype)
+        assert got.dtype == self.own.dtype
+        written = slice(self.written)
+        assert_as_exact_as_torch(got[written], self.own[written], self.oracle[written])
+
+    def as_op(self, ops: Any) -> torch.Tensor:
+        """The same of `packed_linear` (canonical weight), `pruned_attention` or `encoder` of a module."""
+        given = self.arguments
+        dtype = TORCH[given["dtype"]]
+
+        def take(*names: str) -> list[torch.Tensor | None]:
+            return [None if given[name] is None else to_torch(given[name], dtype) for name in names]
+
+        if self.method == "linear":
+            x, weight, bias, residual = take("input", "weight", "bias", "residual")
+            return ops.packed_linear(x, weight, bias, given["activation"], residual, "none", None, None, 1e-5)
+        if self.method == "rows":  # has no product: a weight that changes nothing
+            x, bias, residual, *affine = take("input", "bias", "residual", "norm_weight", "norm_bias")
+            weight = torch.eye(x.shape[1], dtype=dtype)
+            return ops.packed_linear(x, weight, bias, given["activation"], residual, given["norm"], *affine, 1e-5)
+        if self.method == "attention":
+            return ops.pruned_attention(*take("qkv"), torch.from_numpy(given["cu_seqlens"]), given["heads"])
+        mask = None if given["mask"] is None else torch.from_numpy(given["mask"])
+        weights = [to_torch(weight, dtype) for weight in given["weights"]]
+        rest = (given["num_heads"], given["activation"], given["norm"], 1e-12)
+        return ops.encoder(*take("hidden_states"), mask, weights, *rest)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -108,6 +132,42 @@ def attention(dtype, lengths, heads, head_size, padded_rows=True, size=1.0) -> C
     oracle = reference.pruned_attention(qkv.double(), bounds, heads)
     name = f"attention-{dtype}-{'_'.join(map(str, lengths))}-{heads}x{head_size}{'-odd' * (not padded_rows)}"
     return Case(name, "attention", arguments, oracle, reference.pruned_attention(qkv, bounds, heads))
+
+
+#: A mask with a hole, a row without tokens, and a full one.
+MASK = torch.tensor([[1, 1, 0, 1, 0, 0, 1], [0] * 7, [1] * 7]).bool()
+
+
+def encoder(dtype, hidden, layers, mask=None, length=7, norm="layer_norm", activation="gelu") -> Case:
+    """Three sequences, NaN where they are padded; `layers`: heads, their size, FFN rows."""
+    weights = []
+    for seed, (heads, head_size, width) in enumerate(layers):
+        weights += random_layers([heads], [width], head_size, hidden, TORCH[dtype], seed)
+    (states,) = _rounded(dtype, hidden, (3, length, hidden))
+    num_heads = [heads for heads, _, _ in layers]
+    rest = (num_heads, activation, norm, 1e-12)
+    own = reference.encoder(states, mask, weights, *rest)
+    oracle = reference.encoder(states.double(), mask, [weight.double() for weight in weights], *rest)
+    if mask is not None:
+        states[~mask] = float("nan")  # has no influence
+    arguments = {
+        "dtype": dtype, "hidden_states": to_numpy(states), "mask": None if mask is None else mask.numpy(),
+        "weights": [to_numpy(weight) for weight in weights], "num_heads": num_heads, "activation": activation,
+        "norm": norm,
+    }  # fmt: skip
+    name = f"encoder-{dtype}-{hidden}-{'_'.join('x'.join(map(str, layer)) for layer in layers)}-{norm}"
+    name += f"-{'all' if mask is None else int(mask.sum())}"
+    return Case(name, "encoder", arguments, oracle, own)
+
+
+def small_encoders() -> list[Case]:
+    """Layers without heads or FFN, heads of several sizes, sizes that fit no tile, any mask."""
+    cases = []
+    for dtype, mask in itertools.product(TORCH, (None, MASK, torch.zeros_like(MASK))):
+        cases.append(encoder(dtype, 64, [(2, 24, 5), (0, 24, 9), (1, 32, 0)], mask))
+        cases.append(encoder(dtype, 21, [(3, 5, 33)], mask, norm="no_norm", activation="relu"))
+        cases.append(encoder(dtype, 8, [], mask))
+    return cases
 
 
 def small_cases() -> list[Case]:

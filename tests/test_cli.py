@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from models import prune, some_pruning, tiny_bert, tiny_config
 
 import packedbert
-from packedbert import bench
+from packedbert import bench, dispatch
 from packedbert.cli import main
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "who", "where", "?", "."]
@@ -208,6 +208,7 @@ def test_backends_and_help():
         shown = run(command, "--help")
         assert shown.exit_code == 0
         assert "packedbert " in shown.output or command == "backends"
+    assert ", ".join(dispatch.BACKENDS) in " ".join(run("qa", "--help").output.split())
     assert packedbert.__version__ in run("--version").output
 
 

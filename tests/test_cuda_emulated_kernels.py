@@ -3,7 +3,6 @@
 None of this ran on a GPU. What it can't show: races between blocks, the order of memory operations, speed.
 """
 
-import itertools
 import re
 import shutil
 from typing import NamedTuple
@@ -12,10 +11,7 @@ import cuda_emulator
 import numpy as np
 import pytest
 import torch
-from cuda_cases import TORCH, all_cases, linear, small_cases, to_numpy, to_torch
-from op_cases import assert_as_exact_as_torch, random_layers
-
-from packedbert import reference
+from cuda_cases import all_cases, encoder, linear, small_cases, small_encoders, to_numpy
 
 pytestmark = pytest.mark.skipif(bool(cuda_emulator.why_not()), reason=cuda_emulator.why_not() or "-")
 
@@ -103,51 +99,17 @@ def test_the_plan_is_sound_for_every_shape():
     assert kernels.plan(16384, 768, 768, 108, True) == (128, 128, 1)
 
 
-def encoder_case(dtype, hidden, head_size, num_heads, widths, mask, length, norm="layer_norm", activation="gelu"):
-    """The call, PyTorch's own result, and the oracle."""
-    torch_dtype = TORCH[dtype]
-    weights = [w.to(torch_dtype) for w in random_layers(num_heads, widths, head_size, hidden, torch.float64)]
-    states = torch.randn(3, length, hidden, dtype=torch.float64).to(torch_dtype)
-    arguments = {
-        "dtype": dtype,
-        "hidden_states": to_numpy(states),
-        "mask": None if mask is None else mask.numpy(),
-        "weights": [to_numpy(weight) for weight in weights],
-        "num_heads": num_heads,
-        "activation": activation,
-        "norm": norm,
-    }
-    rest = (mask, weights, num_heads, activation, norm, 1e-12)
-    own = reference.encoder(states, *rest)
-    exact = [weight.double() for weight in weights]
-    return ("encoder", arguments), own, reference.encoder(states.double(), mask, exact, *rest[2:])
-
-
-MASK = torch.tensor([[1, 1, 0, 1, 0, 0, 1], [0] * 7, [1] * 7]).bool()
-
-
 @pytest.mark.parametrize(("mode", "seed", "copies_land"), WAYS)
 def test_whole_encoders(mode, seed, copies_land):
-    """Layers without heads or FFN, sizes that fit no tile, any mask: all launches in their order."""
-    cases = []
-    for dtype, mask in itertools.product(TORCH, (None, MASK, torch.zeros_like(MASK))):
-        cases.append(encoder_case(dtype, 64, 32, [2, 0, 1], [5, 9, 0], mask, 7))
-        cases.append(encoder_case(dtype, 21, 5, [3], [33], mask, 7, "no_norm", "relu"))
-        cases.append(encoder_case(dtype, 8, 4, [], [], mask, 7))
-    answers = cuda_emulator.run([call for call, _, _ in cases], mode, seed=seed, copies_land=copies_land)
-    for answer, (_, own, oracle) in zip(answers, cases, strict=True):
-        assert not isinstance(answer, str), answer
-        assert_as_exact_as_torch(to_torch(answer[0], own.dtype), own, oracle)
+    """All launches in their order."""
+    run_cases(small_encoders(), mode, seed=seed, copies_land=copies_land)
 
 
 def test_a_layer_of_the_seed_and_its_launches():
     """Layer 10 of the seed: 768 wide, 5 heads of 64, 96 FFN rows."""
     mask = torch.arange(20) < torch.tensor([[20], [0], [7]])
-    call, own, oracle = encoder_case("float16", 768, 64, [5], [96], mask, 20)
-    (answer,) = cuda_emulator.run([call])
-    assert not isinstance(answer, str), answer
-    assert_as_exact_as_torch(to_torch(answer[0], own.dtype), own, oracle)
-    names = [re.search(r"cuda\d+([a-z_]+)_kernel", launch["kernel"])[1] for launch in answer[1]]
+    launches = run_cases([encoder("float16", 768, [(5, 64, 96)], mask, 20)], "plain")
+    names = [re.search(r"cuda\d+([a-z_]+)_kernel", launch["kernel"])[1] for launch in launches]
     layer = ["linear", "half_attention", "linear", "row", "linear", "linear", "row"]
     assert names == ["prepack"] * 4 + ["count", "gather"] + layer
 

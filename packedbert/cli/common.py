@@ -10,6 +10,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..dispatch import BACKENDS
+
 # A pipe has no width: leave the tables room.
 OUT = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110)
 ERR = Console(stderr=True)
@@ -22,7 +24,7 @@ def say(text: str, style: str) -> None:
 
 def backend_option(command: Any) -> Any:
     """--backend, as PackedBertConfig has it."""
-    text = 'Kernels to run on: "auto", "cpu" or "reference" (plain PyTorch).'
+    text = f"Kernels to run on: {', '.join(BACKENDS)} (plain PyTorch)."
     return click.option("--backend", default="auto", show_default=True, help=text)(command)
 
 
