@@ -19,7 +19,6 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 OURS, EAGER = "packedbert", "PyTorch eager"
 
 Row = dict[str, str]
@@ -122,6 +121,29 @@ def accuracy_table(rows: list[Row]) -> str:
             f"| {row['data']}, {row['examples']} examples | {row['peer']} {row['precision']} "
             f"| {float(row['value']):.2f} | {difference:+.2f} |"
         )
+    return "\n".join(lines)
+
+
+def prune_table(rows: list[Row]) -> str:
+    """Markdown: what pruning costs in answers, and gains in speed."""
+    lines = [
+        "| model | EM | F1 | than dense, same kernels | than dense, eager | heads | FFN rows | trained |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        heads, widths = (sum(map(int, row[name].split())) for name in ("heads", "ffn_widths"))
+        lines.append(
+            f"| {row['model']} | {float(row['exact_match']):.2f} | {float(row['f1']):.2f} "
+            f"| {float(row['times_dense_packedbert']):.2f}x | {float(row['times_dense_eager']):.2f}x "
+            f"| {heads} | {widths:,} | {float(row['training_minutes']):.0f} min |"
+        )
+    checked = next(row for row in rows if row["answers_as_masked"])
+    lines.append(
+        f"\n5,397 questions of SQuAD v1.1's dev set; batch {rows[0]['batch']}, length {rows[0]['length']}, float32. "
+        f"Training: {rows[0]['recipe']}. The packed model gives the masked one's answer to "
+        f"{checked['answers_as_masked']} questions; logits differ by {checked['logits_error']} at most. "
+        f"{machine_line(rows[0])}"
+    )
     return "\n".join(lines)
 
 
@@ -232,6 +254,16 @@ def save(figure: Any, file: Path) -> None:
     plt.close(figure)
 
 
+def between(readme: Path, text: str, name: str, body: str) -> str:
+    """`text` with something else between the two markers of that name."""
+    begin, end = (f"<!-- {name}: {edge} -->" for edge in ("begin", "end"))
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise click.ClickException(f"{readme}: expected the markers {begin} and {end} around the tables, found none")
+    return f"{before}{begin}\n{body}\n{end}{after}"
+
+
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path, exists=True), default=RESULTS, show_default=True)
 @click.option("--readme", type=click.Path(path_type=Path, exists=True), default=ROOT / "README.md", show_default=True)
@@ -248,13 +280,10 @@ def main(results: Path, readme: Path) -> None:
         tables.append(usage_table(read(file)))
     if (file := results / "scaling.csv").exists():
         plot_scaling(read(file), file.with_suffix(".png"))
-    text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise click.ClickException(f"{readme}: expected the markers {BEGIN} and {END} around the tables, found none")
-    body = "\n\n".join(part for part in tables if part)
-    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
+    text = between(readme, readme.read_text(), "benchmarks", "\n\n".join(part for part in tables if part))
+    if (file := results / "prune.csv").exists():
+        text = between(readme, text, "pruning", prune_table(read(file)))
+    readme.write_text(text)
     click.echo(f"written: {readme}, and the plots in {results}")
 
 

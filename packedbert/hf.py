@@ -157,6 +157,8 @@ def load(
             f"precision: expected a checkpoint that is not packed to make {config.precision} of, or one that is packed "
             f"so, got one packed in {packed_as.precision}; load it, unpacked, from the original checkpoint"
         )
+    if getattr(stored, "quantization_config", None) is not None:
+        _refuse_what_packing_decided(config, packed_as)
     if config.attention is not None:
         encoder.attention = config.attention
     if encoder.backend != config.backend:
@@ -165,6 +167,24 @@ def load(
     if config.release_weights:
         encoder.release_weights()
     return model
+
+
+def _refuse_what_packing_decided(config: PackedBertConfig, stored: PackedBertConfig) -> None:
+    """Settings of the time of packing, asked for when a packed checkpoint is loaded.
+
+    Raises:
+        ValueError: there is one that the checkpoint was not packed with.
+    """
+    asked = {
+        "int8_embeddings": config.int8_embeddings and not stored.int8_embeddings,
+        "skip": config.skip not in ((), stored.skip),
+        "calibration": config.calibration is not None,
+    }
+    for name in (name for name, refused in asked.items() if refused):
+        raise ValueError(
+            f"{name}: expected it where weights are packed, got it with a checkpoint that is packed already (in "
+            f"{stored.precision}); load the original checkpoint with it"
+        )
 
 
 def _check_folder(model_id: str | os.PathLike[str]) -> None:

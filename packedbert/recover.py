@@ -21,7 +21,7 @@ from .patch import dense_layers, patch_model
 from .prune import Kept, only_bert
 from .structure import plan_layer
 
-#: Batches are as long as a multiple of this: PyTorch's products are compiled anew for every length, at some seconds each.
+#: Batches are as long as a multiple of this: PyTorch compiles its products anew for every length.
 _LENGTHS = 32
 
 #: Steps between two looks at the clock, to save or to stop.

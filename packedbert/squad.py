@@ -7,7 +7,7 @@ import re
 import string
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,11 @@ def first_questions(dataset: Mapping[str, Any], limit: int | None) -> dict[str, 
             paragraphs.append({**paragraph, "qas": qas})
         articles.append({**article, "paragraphs": paragraphs})
     return {**dataset, "data": articles}
+
+
+def is_exact(answer: str, golds: Iterable[str]) -> bool:
+    """Whether an answer is one of the gold answers, as the official exact match compares them."""
+    return any(_words(answer) == _words(gold) for gold in golds)
 
 
 def squad_metrics(predictions: Mapping[str, str], dataset: Mapping[str, Any]) -> dict[str, float]:

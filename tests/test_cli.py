@@ -197,14 +197,133 @@ def test_demo(checkpoint):
     assert got["difference"]["logits"] < 1e-5
     assert got["parameters"]["packed"] < got["parameters"]["stored"] < got["parameters"]["dense"]
     assert "largest difference" in run("demo", "--structure", "tiny").output
-    answers = parsed(run("demo", "--model", checkpoint, "--json"))["answers"]
-    assert len(answers) == 4
-    assert run("demo", "--model", checkpoint).exit_code == 0
+    answers = parsed(run("demo", "--structure", "tiny", "--model", checkpoint, "--json"))["answers"]
+    assert [set(answer) for answer in answers] == [
+        {"question", "answer", "score", "start", "end", "expected", "right"}
+    ] * 10
+
+
+def test_the_demos_own_model_answers_real_questions():
+    """At least eight of ten; README and the demo say which it misses."""
+    answers = parsed(run("demo", "--structure", "tiny", "--json"))["answers"]
+    assert {"Where is the Eiffel Tower located?", "Who is Frederic Chopin?"} <= {row["question"] for row in answers}
+    right = [row for row in answers if row["right"]]
+    assert len(right) >= 8, answers
+    assert all(row["answer"] and 0 < row["score"] <= 1 for row in answers)
+    shown = run("demo", "--structure", "tiny").output
+    assert f"{len(right)} of 10 right" in shown
+    assert all(f">>{row['answer']}<<" in shown.replace("\n", " ") or row["answer"] in shown for row in answers)
+
+
+def test_the_demos_model_is_small_and_says_where_it_comes_from():
+    from packedbert.cli.demo import DEMO_MODEL
+
+    assert sum(file.stat().st_size for file in DEMO_MODEL.iterdir()) <= 20e6
+    card = (DEMO_MODEL / "README.md").read_text()
+    assert "CC BY-SA 4.0" in card
+    assert "Apache-2.0" in card
+
+
+def test_demo_without_its_model_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("packedbert.cli.demo.DEMO_MODEL", tmp_path)
+    result = run("demo", "--structure", "tiny")
+    assert result.exit_code == 1
+    assert "expected the demo's model there, found none" in " ".join(result.output.split())
+
+
+def test_prune_writes_both_formats_and_goes_on_after_an_interruption(dense, squad, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    command = ["prune", "--model", dense, "--data", squad, "-o", out, "--target", "1.3", "--cost", "flops", "--json"]
+    made = parsed(run(*command))
+    assert made["speedup"] >= 1.3
+    for folder in ("pruned", "packed"):
+        assert made[folder] == str(out / folder)
+        got = parsed(run("inspect", made[folder], "--json"))["layers"]
+        assert [{"heads": len(layer["heads"]), "ffn_width": layer["ffn_width"]} for layer in got] == made["layers"]
+        assert parsed(run("eval", "--model", made[folder], "--data", squad, "--json"))["questions"] == 3
+    # The same command again, now with training: what was pruned is there, and training is interrupted.
+    trained = [*command, "--epochs", "3"]
+    step = packedbert.recover._Training._train_step
+    monkeypatch.setattr(packedbert.recover._Training, "_train_step", interrupted_after(2, step))
+    stopped = run(*trained)
+    assert stopped.exit_code == 1
+    assert "the same command goes on" in " ".join(stopped.output.split())
+    assert (out / "state" / "recovery.pt").exists()
+    monkeypatch.setattr(packedbert.recover._Training, "_train_step", step)
+    resumed = run(*trained)
+    assert json.loads(resumed.stdout)["layers"] == made["layers"]
+    assert "going on with what" in " ".join(resumed.stderr.split())
+    shown = run(*trained[:-3], "--epochs", "3")
+    assert "expected speed-up over the dense model" in shown.output
+    other = run(*command, "--seed", "1")
+    assert other.exit_code == 1
+    assert "with another seed; delete it" in " ".join(other.output.split())
+
+
+def interrupted_after(steps, call):
+    done = []
+
+    def interrupt(*arguments):
+        done.append(None)
+        if len(done) > steps:
+            raise KeyboardInterrupt
+        call(*arguments)
+
+    return interrupt
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A tiny dense question-answering model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("dense")
+    config = tiny_config(vocab_size=len(WORDS), intermediate_size=96)
+    tiny_bert("BertForQuestionAnswering", config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"--target": "90"}, "target: expected at most"),
+        ({"--target": "1"}, "target: expected a speed-up of more than 1"),
+        ({"--data": "/nowhere.json"}, "expected a SQuAD file"),
+        ({"--model": "PACKED"}, "got one that is packed already"),
+        ({"-o": "FILE"}, "File exists"),
+        ({"--method": "luck"}, "method: expected one of fisher, magnitude"),
+        ({"--cost": "luck"}, "cost_model: expected one of measured, flops"),
+        ({"--precision": "int3"}, "precision: expected one of"),
+    ],
+)
+def test_prune_refuses(dense, squad, tmp_path, changes, text):
+    if changes.get("--model") == "PACKED":
+        parsed(
+            run(
+                "prune", "--model", dense, "--data", squad, "-o", tmp_path, "--cost", "flops", "--target", 1.2, "--json"
+            )
+        )
+        changes = {"--model": tmp_path / "packed"}
+    if changes.get("-o") == "FILE":
+        changes = {"-o": squad}
+    options = {
+        "--model": dense,
+        "--data": squad,
+        "-o": tmp_path / "out",
+        "--target": "1.3",
+        "--cost": "flops",
+        **changes,
+    }
+    result = run("prune", *(part for option in options.items() for part in option))
+    assert result.exit_code == 1, result.output
+    assert text in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out" / "pruned").exists()
 
 
 def test_backends_and_help():
     assert "reference" in run("backends").output
-    for command in ("qa", "inspect", "eval", "bench", "demo", "backends"):
+    for command in ("qa", "inspect", "prune", "eval", "bench", "demo", "backends"):
         shown = run(command, "--help")
         assert shown.exit_code == 0
         assert "packedbert " in shown.output or command == "backends"

@@ -350,3 +350,31 @@ def test_a_checkpoint_without_its_scales_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(packedbert.CheckpointError, match="weight_scale: expected one"):
         packedbert.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "text"),
+    [
+        (
+            "int8",
+            {"precision": "int8", "int8_embeddings": True},
+            "int8_embeddings: expected it where weights are packed",
+        ),
+        ("int8", {"precision": "int8", "skip": [1]}, "skip: expected it where weights are packed, got it with"),
+        (
+            "int8",
+            {"precision": "int8", "calibration": {"bert": {}}},
+            "calibration: expected it where weights are packed",
+        ),
+        (
+            "fp32",
+            {"int8_embeddings": True},
+            "int8_embeddings: .* packed already .in fp32.; load the original checkpoint",
+        ),
+    ],
+)
+def test_what_packing_decided_is_refused_afterwards(tmp_path, precision, asked, text):
+    patched(precision=precision).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=text):
+        packedbert.load(tmp_path, config=packedbert.PackedBertConfig(**asked))
+    packedbert.load(tmp_path, config=packedbert.PackedBertConfig(precision=precision))

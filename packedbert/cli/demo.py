@@ -1,4 +1,4 @@
-"""`packedbert demo`: a pruned model's answers to real questions, and what packing does to the seed model's structure."""
+"""`packedbert demo`: a pruned model's answers to real questions, and what packing does to the seed's structure."""
 
 import json
 from pathlib import Path
@@ -46,17 +46,17 @@ class Question(NamedTuple):
 
 #: The two questions of the seed's model card, and eight more.
 DEMO_QUESTIONS = (
-    Question("Where is the Eiffel Tower located?", EIFFEL, ("Champ de Mars in Paris, France", "Champ de Mars", "Paris")),
+    Question("Where is the Eiffel Tower located?", EIFFEL, ("Champ de Mars in Paris, France", "Champ de Mars")),
     Question("Who is Frederic Chopin?", CHOPIN, ("a Polish composer and virtuoso pianist", "Polish composer")),
-    Question("Who designed the Eiffel Tower?", EIFFEL, ("Gustave Eiffel", "Gustave Eiffel, whose company")),
+    Question("Who designed the Eiffel Tower?", EIFFEL, ("Gustave Eiffel",)),
     Question("When was Chopin born?", CHOPIN, ("1 March 1810",)),
     Question("How long is the Aletsch Glacier?", GLACIER, ("about 23 kilometres", "23 kilometres")),
     Question("Which canton is the glacier in?", GLACIER, ("Valais", "canton of Valais")),
-    Question("When did Lovelace publish her translation?", LOVELACE, ("1843", "In 1843")),
-    Question("Who wrote the article that Lovelace translated?", LOVELACE, ("Luigi Menabrea", "the engineer Luigi Menabrea")),
+    Question("When did Lovelace publish her translation?", LOVELACE, ("1843",)),
+    Question("Who wrote the article that Lovelace translated?", LOVELACE, ("Luigi Menabrea",)),
     Question("How often are the leaves picked?", TEA, ("every one to two weeks", "one to two weeks")),
     Question("Which tea is heated soon after picking?", TEA, ("green tea", "green")),
-)  # fmt: skip
+)
 
 
 @click.command()
@@ -90,16 +90,15 @@ def ask(model_id: str | None, backend: str, quiet: bool) -> list[dict[str, Any]]
             "--model"
         )
     answerer = load_answerer(str(model_id or DEMO_MODEL), backend)
-    questions, contexts, expected = ([item[i] for item in DEMO_QUESTIONS] for i in range(3))
-    answers = answerer(question=questions, context=contexts)
+    asked, contexts = [item.question for item in DEMO_QUESTIONS], [item.context for item in DEMO_QUESTIONS]
     rows = []
-    for question, context, wanted, answer in zip(questions, contexts, expected, answers, strict=True):
-        right = is_exact(answer["answer"], wanted)
-        rows.append({"question": question, **answer, "expected": wanted[0], "right": right})
+    for item, answer in zip(DEMO_QUESTIONS, answerer(question=asked, context=contexts), strict=True):
+        right = is_exact(answer["answer"], item.expected)
+        rows.append({"question": item.question, **answer, "expected": item.expected[0], "right": right})
         if not quiet:
-            show_answers(question, context, [answer])
+            show_answers(item.question, item.context, [answer])
             if not right:
-                say(f"  expected: {wanted[0]}", "yellow")
+                say(f"  expected: {item.expected[0]}", "yellow")
     if not quiet:
         good = sum(row["right"] for row in rows)
         OUT.print(f"{good} of {len(rows)} right; backend {answerer.model.packedbert_report.backend}\n", highlight=False)
