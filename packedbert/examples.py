@@ -55,21 +55,26 @@ def squad_training_examples(
     return examples
 
 
-def collate(examples: Sequence[Example], pad_token_id: int = 0, multiple: int = 1) -> dict[str, Tensor]:
+def collate(
+    examples: Sequence[Example], pad_token_id: int = 0, multiple: int = 1, most: int | None = None
+) -> dict[str, Tensor]:
     """One batch: lists are padded on the right, [batch, length]; numbers become [batch].
 
     Args:
         examples: with the same keys.
         pad_token_id: for input_ids; token labels get -100, which losses ignore, and everything else 0.
         multiple: of which length is one: PyTorch's products are compiled for every length that is new to them.
+        most: length that rounding up ends at, e.g. the model's positions.
     """
     padding = {"input_ids": pad_token_id, "labels": -100}
     batch = {}
     for name, value in examples[0].items():
         values = [example[name] for example in examples]
         if isinstance(value, (list, tuple)):
-            longest = -(-max(map(len, values)) // multiple) * multiple
-            values = [[*row, *[padding.get(name, 0)] * (longest - len(row))] for row in values]
+            longest = max(map(len, values))
+            length = -(-longest // multiple) * multiple
+            length = length if most is None else max(longest, min(length, most))
+            values = [[*row, *[padding.get(name, 0)] * (length - len(row))] for row in values]
         batch[name] = torch.tensor(values)
     return batch
 

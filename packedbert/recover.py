@@ -96,7 +96,7 @@ def recover_model(
     kept = _kept(bert)
     state_file = None if folder is None else _state_file(folder)
     torch.manual_seed(recipe.seed)
-    training = _Training(_narrow(model, kept), _patched(teacher), data, recipe, bert.config.pad_token_id or 0)
+    training = _Training(_narrow(model, kept), _patched(teacher), data, recipe, bert.config)
     if state_file is not None and state_file.exists():
         training.load(state_file)
     try:
@@ -125,9 +125,10 @@ class _Training:
     """Student, teacher, optimizer, and where they are."""
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, data: Sequence[examples.Example], recipe: Recipe, pad: int
+        self, student: nn.Module, teacher: nn.Module, data: Sequence[examples.Example], recipe: Recipe, config: Any
     ) -> None:
-        self.student, self.teacher, self.data, self.recipe, self.pad = student, teacher, data, recipe, pad
+        self.student, self.teacher, self.data, self.recipe = student, teacher, data, recipe
+        self.pad, self.positions = config.pad_token_id or 0, config.max_position_embeddings
         decayed = [parameter for parameter in student.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in student.parameters() if parameter.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -155,7 +156,8 @@ class _Training:
         while self.step < self.steps:
             epoch, first = divmod(self.step, self.batches)
             for batch in self._epoch(epoch)[first:]:
-                self._train_step(examples.collate([self.data[index] for index in batch], self.pad, _LENGTHS))
+                part = [self.data[index] for index in batch]
+                self._train_step(examples.collate(part, self.pad, _LENGTHS, self.positions))
                 now = time.perf_counter()
                 self.seconds, last = self.seconds + now - last, now
                 if self.step % _LOOK_EVERY == 0:

@@ -183,6 +183,8 @@ def test_batches_are_padded_and_of_about_one_length():
     assert first["labels"].tolist() == [[1] * 5, [1, 1, 1, -100, -100]]
     assert first["start_positions"].tolist() == [5, 3]
     assert second["input_ids"].tolist() == [[7, 7]]
+    for most, length in ((None, 8), (6, 6), (3, 5)):
+        assert examples.collate(items, 9, 8, most)["input_ids"].shape == (3, length)
     with pytest.raises(TypeError, match=r"data\[0\]: expected a mapping"):
         list(examples.batches(["text"], 2))
 

@@ -63,6 +63,7 @@ def prune(
 
     import packedbert
 
+    packedbert.PackedBertConfig(precision=precision)  # an unknown one is refused before anything is done
     if epochs == 0.0 and minutes is not None:
         epochs = 3.0
     output.mkdir(parents=True, exist_ok=True)  # what can't be written is found out first
