@@ -77,8 +77,8 @@ def agreement(masked: torch.nn.Module, packed: torch.nn.Module, tokenizer: Any, 
 class Stages:
     """Every model of the comparison, made once and kept in a folder."""
 
-    def __init__(self, model_dir: Path, train: Path, work: Path) -> None:
-        self.work = work
+    def __init__(self, model_dir: Path, train: Path, work: Path, costs: str) -> None:
+        self.work, self.costs = work, costs
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self.dense = self._load(model_dir)
         self.examples = squad_training_examples(squad.load_squad(train), self.tokenizer)
@@ -93,7 +93,9 @@ class Stages:
         folders = {target: self.work / f"pruned-{target}" for target in TARGETS}
         if not all(folder.exists() for folder in folders.values()):
             data = random.Random(0).sample(self.examples, min(CALIBRATION, len(self.examples)))
-            costs = cost.measured(prune.structure_of(self.dense.config), BATCH, LENGTH)
+            costs = {"measured": cost.measured, "flops": cost.flops}[self.costs](
+                prune.structure_of(self.dense.config), BATCH, LENGTH
+            )
             start = time.perf_counter()
             importance = prune.gate_gradients(self.dense, data)
             record.console.print(f"importance: {time.perf_counter() - start:.0f} s")
@@ -169,14 +171,15 @@ def rows(stages: Stages, dev: dict[str, Any]) -> Iterator[dict[str, Any]]:
 @click.option("--train", required=True, type=click.Path(exists=True, path_type=Path), help="SQuAD format.")
 @click.option("--dev", required=True, type=click.Path(exists=True, path_type=Path), help="SQuAD format.")
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Where every stage is kept.")
+@click.option("--costs", default="measured", type=click.Choice(prune.COSTS), show_default=True, help="Speed by them.")
 @click.option("--limit", type=int, help="Only so many questions of both files: to see that it runs.")
 @click.option("--out", type=click.Path(path_type=Path), default=record.RESULTS / "prune.csv", show_default=True)
-def main(model: Path, train: Path, dev: Path, work: Path, limit: int | None, out: Path) -> None:
+def main(model: Path, train: Path, dev: Path, work: Path, costs: str, limit: int | None, out: Path) -> None:
     """Prune, train, evaluate."""
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     about = machine.Machine.measure(torch.get_num_threads())
-    stages = Stages(model, train, work)
+    stages = Stages(model, train, work, costs)
     if limit is not None:
         stages.examples = stages.examples[:limit]
     record.write(out, rows(stages, squad.first_questions(squad.load_squad(dev), limit)), about)

@@ -139,8 +139,8 @@ def prune_table(rows: list[Row]) -> str:
         )
     checked = next(row for row in rows if row["answers_as_masked"])
     lines.append(
-        f"\n5,397 questions of SQuAD v1.1's dev set; batch {rows[0]['batch']}, length {rows[0]['length']}, float32. "
-        f"Training: {rows[0]['recipe']}. The packed model gives the masked one's answer to "
+        f"\nSQuAD v1.1's dev set, or a part of it; speed at batch {rows[0]['batch']}, length {rows[0]['length']}, "
+        f"float32. Training: {rows[0]['recipe']}. The packed model gives the masked one's answer to "
         f"{checked['answers_as_masked']} questions; logits differ by {checked['logits_error']} at most. "
         f"{machine_line(rows[0])}"
     )

@@ -1,11 +1,14 @@
 """The benchmarks still run, at toy sizes: what is not run rots."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
+from models import tiny_bert, tiny_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -50,3 +53,42 @@ def test_every_benchmark_and_the_report(tmp_path):
     assert "| patch_model |" in text
     for plot in ("model.png", "scaling.png"):
         assert (tmp_path / plot).stat().st_size > 10_000
+
+
+def test_bench_prune_runs_and_goes_on_from_its_stages(tmp_path):
+    """On a toy: every stage, the table, and a second run that trains nothing again."""
+    context = "the cat sat on a mat . the cat sat on the mat ."
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(context.split())), "where", "who", "?"]
+    config = tiny_config(vocab_size=len(words), intermediate_size=96, max_position_embeddings=128)
+    tiny_bert("BertForQuestionAnswering", config).save_pretrained(tmp_path / "dense")
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "dense")
+    qas = [{"id": str(i), "question": "where ?", "answers": [{"text": "mat", "answer_start": 17}]} for i in range(6)]
+    squad = tmp_path / "squad.json"
+    squad.write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": [{"context": context, "qas": qas}]}]}))
+    command = [sys.executable, BENCHMARKS / "bench_prune.py", "--model", tmp_path / "dense", "--costs", "flops"]
+    command += [
+        "--train",
+        squad,
+        "--dev",
+        squad,
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "results" / "prune.csv",
+    ]
+    for _ in range(2):
+        subprocess.run(command, check=True, capture_output=True)
+        with (tmp_path / "results" / "prune.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["model"] for row in rows][:2] == ["dense", "pruned to 1.5x"]
+        assert len(rows) == 6
+        assert rows[4]["answers_as_masked"] == "6 of 6"
+        assert float(rows[4]["logits_error"]) < 1e-4
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "<!-- benchmarks: begin --><!-- benchmarks: end --> <!-- pruning: begin -->\n<!-- pruning: end -->"
+    )
+    report = [sys.executable, BENCHMARKS / "report.py", "--results", tmp_path / "results", "--readme", readme]
+    subprocess.run(report, check=True, capture_output=True)
+    assert "| pruned to 2.0x, trained |" in readme.read_text()
