@@ -49,7 +49,7 @@ DEMO_QUESTIONS = (
     Question("Where is the Eiffel Tower located?", EIFFEL, ("Champ de Mars in Paris, France", "Champ de Mars")),
     Question("Who is Frederic Chopin?", CHOPIN, ("a Polish composer and virtuoso pianist", "Polish composer")),
     Question("Who designed the Eiffel Tower?", EIFFEL, ("Gustave Eiffel",)),
-    Question("When was Chopin born?", CHOPIN, ("1 March 1810",)),
+    Question("What did Chopin write for?", CHOPIN, ("solo piano",)),
     Question("How long is the Aletsch Glacier?", GLACIER, ("about 23 kilometres", "23 kilometres")),
     Question("Which canton is the glacier in?", GLACIER, ("Valais", "canton of Valais")),
     Question("When did Lovelace publish her translation?", LOVELACE, ("1843",)),
