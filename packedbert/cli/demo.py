@@ -46,7 +46,11 @@ class Question(NamedTuple):
 
 #: The two questions of the seed's model card, and eight more.
 DEMO_QUESTIONS = (
-    Question("Where is the Eiffel Tower located?", EIFFEL, ("Champ de Mars in Paris, France", "Champ de Mars")),
+    Question(
+        "Where is the Eiffel Tower located?",
+        EIFFEL,
+        ("Champ de Mars", "Paris, France", "Champ de Mars in Paris, France"),
+    ),
     Question("Who is Frederic Chopin?", CHOPIN, ("a Polish composer and virtuoso pianist", "Polish composer")),
     Question("Who designed the Eiffel Tower?", EIFFEL, ("Gustave Eiffel",)),
     Question("What did Chopin write for?", CHOPIN, ("solo piano",)),
