@@ -34,8 +34,9 @@ Tensor packed_linear_cpu(const Tensor& input,
   const LinearCall call =
       check_linear(input, weight, bias, activation_name, residual, norm_name, norm_weight, norm_bias);
   const cpu::Matrix matrix = cpu::matrix_of(call.weight, call.out_features, call.in_features);
-  Tensor quantized_rows = torch::stable::new_empty(
-      input, Shape{matrix.quantized ? cpu::quantized_rows_size(call.rows, call.in_features) : 0});
+  const cpu::Isa isa = cpu::active_isa();
+  Tensor prepared_rows = torch::stable::new_empty(
+      input, Shape{cpu::prepared_rows_size(isa, matrix.quantized, call.rows, call.in_features)});
   cpu::packed_linear(
       {
           .rows = call.rows,
@@ -46,10 +47,11 @@ Tensor packed_linear_cpu(const Tensor& input,
           .norm_weight = static_cast<const float*>(data_or_null(call.norm_weight)),
           .norm_bias = static_cast<const float*>(data_or_null(call.norm_bias)),
           .output = call.output.mutable_data_ptr<float>(),
-          .quantized_rows = quantized_rows.mutable_data_ptr<float>(),
+          .prepared_rows = prepared_rows.mutable_data_ptr<float>(),
           .activation = call.activation,
           .norm = call.norm,
           .eps = static_cast<float>(eps),
+          .isa = isa,
       },
       cpu::torch_parallel_for);
   return call.output;

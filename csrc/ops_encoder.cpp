@@ -235,7 +235,8 @@ Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
       .input = input.const_data_ptr<float>(),
       .output = output.mutable_data_ptr<float>(),
   };
-  const cpu::EncoderPlan plan = cpu::plan_encoder(encoder, torch::stable::get_num_threads());
+  const cpu::EncoderPlan plan =
+      cpu::plan_encoder(encoder, torch::stable::get_num_threads(), cpu::active_isa());
   Tensor scratch = torch::stable::new_empty(input, Shape{plan.size});
   cpu::encoder(encoder, plan, scratch.mutable_data_ptr<float>(), cpu::torch_parallel_for);
   return output;

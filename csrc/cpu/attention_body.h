@@ -1,12 +1,12 @@
 // Attention, over Vec. Included inside the namespace and the target region of one instruction set, after
 // linear_body.h.
 //
-// A tile of at most kTileRows queries of one head goes through all keys of its sequence: scores, softmax,
+// A tile of at most kQueryRows queries of one head goes through all keys of its sequence: scores, softmax,
 // product with the values. Sequences longer than kKeyBlock take several rounds, each of which corrects what
 // the rounds before it left (Milakov and Gimelshein, arXiv 1805.02867).
 
-// The keys of one round. BERT's longest sequence, 512, is one round; the scores of a tile, 29 KB, fit the
-// first-level cache.
+// The keys of one round. BERT's longest sequence, 512, is one round; the scores of a tile, 29 KB for 14
+// queries, fit the first-level cache.
 constexpr int64_t kKeyBlock = 512;
 
 // Rows of scores are 33 cache lines apart: with an odd number, they do not share sets of the cache.
@@ -135,7 +135,7 @@ inline void accumulate_context(
   }
 }
 
-// The context of `rows` queries, at most kTileRows, of one head and one sequence.
+// The context of `rows` queries, at most kQueryRows, of one head and one sequence.
 //   queries, context: [rows, heads.size], of the first of them.
 inline void attend_tile(const QueriesKeysValues& in,
                         int64_t head,
@@ -144,11 +144,13 @@ inline void attend_tile(const QueriesKeysValues& in,
                         int64_t rows,
                         float* context,
                         int64_t context_stride) {
-  alignas(64) float scores[kTileRows * kScoreStride];
-  alignas(64) float tile[kTileRows * kPanelWidth];
-  float maximum[kTileRows];
-  float sum[kTileRows];
-  float correction[kTileRows];
+  alignas(64) float scores[kQueryRows * kScoreStride];
+  alignas(64) float tile[kQueryRows * kPanelWidth];
+  // First the queries are prepared there, then the probabilities.
+  alignas(64) float scratch[larger(1, FloatRows::size(kQueryRows, kKeyBlock))];
+  float maximum[kQueryRows];
+  float sum[kQueryRows];
+  float correction[kQueryRows];
   const Ragged& batch = in.batch;
   const int64_t size = in.heads.size;
   const int64_t first_token = batch.first_token[sequence];
@@ -159,21 +161,25 @@ inline void attend_tile(const QueriesKeysValues& in,
     const int64_t keys = smaller(kKeyBlock, length - key);
     const bool first = key == 0;
     const bool last = key + keys == length;
+    const FloatRows query_rows =
+        FloatRows::at(queries, in.query_stride, size <= kKeyBlock ? scratch : nullptr, kQueryRows, size);
+    for (int64_t row = 0; row < rows; ++row) query_rows.prepare(row, size);
     for (int64_t k = 0; k < keys; k += kPanelWidth) {
       const float* panel = in.keys + (first_slot + key + k) * size;
-      multiply_tile(queries, in.query_stride, rows, panel, smaller(kPanelWidth, keys - k), size, scores + k,
-                    kScoreStride, no_prefetch(panel));
+      multiply_floats(query_rows, 0, rows, panel, smaller(kPanelWidth, keys - k), size, scores + k,
+                      kScoreStride, no_prefetch(panel));
     }
+    const FloatRows probabilities = FloatRows::at(scores, kScoreStride, scratch, kQueryRows, keys);
     for (int64_t row = 0; row < rows; ++row) {
       correction[row] =
           exponentiate(scores + row * kScoreStride, keys, scale, first, &maximum[row], &sum[row]);
+      probabilities.prepare(row, keys);
     }
     for (int64_t panel = 0; panel < panel_count(size); ++panel) {
       const int64_t value = (head * panel_count(size) + panel) * batch.tokens + first_token + key;
       const float* values = in.values + value * kPanelWidth;
       const int64_t columns = smaller(kPanelWidth, size - panel * kPanelWidth);
-      multiply_tile(scores, kScoreStride, rows, values, columns, keys, tile, kPanelWidth,
-                    no_prefetch(values));
+      multiply_floats(probabilities, 0, rows, values, columns, keys, tile, kPanelWidth, no_prefetch(values));
       for (int64_t row = 0; row < rows; ++row) {
         accumulate_context(tile + row * kPanelWidth, columns, first, correction[row],
                            last ? 1.0f / sum[row] : 1.0f,
@@ -204,7 +210,7 @@ inline void attend_head(AttendTile attend,
   while (token < end) {
     const int64_t sequence = in.batch.sequence_of[token];
     const int64_t queries = smaller(end, in.batch.first_token[sequence + 1]) - token;
-    const int64_t tiles = ceil_div(queries, kTileRows);
+    const int64_t tiles = ceil_div(queries, kQueryRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = queries * tile / tiles;
       attend(in, head, sequence, in.queries + (token + begin) * in.query_stride + head * in.heads.size,
@@ -217,7 +223,7 @@ inline void attend_head(AttendTile attend,
 
 // Attention cut into units for threads: each a head and a chunk of the tokens, the chunks of a head side by
 // side. Their queries share the head's keys and values in the second-level cache.
-constexpr int64_t kQueriesPerUnit = 4 * kTileRows;
+constexpr int64_t kQueriesPerUnit = 4 * kQueryRows;
 
 constexpr int64_t attention_chunks(int64_t tokens) { return ceil_div(tokens, kQueriesPerUnit); }
 
@@ -232,6 +238,7 @@ inline void attend_units(AttendTile attend,
                          int64_t end,
                          float* context,
                          int64_t context_stride) {
+  const ProductScope scope;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t head = unit / chunks;
     const int64_t from = tokens * (unit % chunks) / chunks;

@@ -1,10 +1,8 @@
 // Everything that is written once over Vec and Dot, in the order in which it builds up. Included inside the
-// namespace and the target region of one instruction set, after its constants, vec_*.h and dot_*.h.
+// namespace and the target region of one instruction set, after its constants, vec_*.h, dot_*.h and
+// products_*.h.
 
 // clang-format off
-#include "cpu/vec_math.h"
-#include "cpu/multiply_tile.h"
-#include "cpu/multiply_quantized.h"
 #include "cpu/linear_body.h"
 #include "cpu/packed_linear_body.h"
 #include "cpu/attention_body.h"

@@ -24,32 +24,29 @@ constexpr int64_t kFewestPanelTokens = 12;
 // A panel is halved, for balance, down to two tiles of AVX-512.
 constexpr int64_t kHalvedPanelTokens = 28;
 
-constexpr int64_t kLine = 64 / sizeof(float);
-
-constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 // Rows begin at a cache line, and never a multiple of 4 KiB apart: see kCollidingStride in multiply_tile.h.
 constexpr int64_t row_stride(int64_t width) {
-  const int64_t stride = round_up(width, kLine);
+  const int64_t stride = whole_lines(width);
   return stride % 1024 == 0 ? stride + kLine : stride;
 }
 
 }  // namespace
 
-EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads) {
+EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
   const Ragged& batch = encoder.batch;
   int64_t query_width = 0;
   int64_t inner_width = 0;
   int64_t keys = 0;
   int64_t values = 0;
   bool quantized = false;
+  bool floats = false;
   for (int64_t i = 0; i < encoder.layer_count; ++i) {
     const EncoderLayer& layer = encoder.layers[i];
     query_width = std::max(query_width, layer.heads.width());
     inner_width = std::max({inner_width, layer.heads.width(), layer.up_weight.out_features});
     for (const Matrix* matrix :
          {&layer.qkv_weight, &layer.attention_output_weight, &layer.up_weight, &layer.down_weight})
-      quantized = quantized || matrix->quantized;
+      (matrix->quantized ? quantized : floats) = true;
     if (layer.quantized_attention) {
       keys = std::max(keys, quantized_keys_values_size(batch, layer.heads));
       inner_width = std::max(inner_width, 2 * layer.heads.width());  // keys and values on their way
@@ -60,6 +57,7 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads) {
   }
 
   EncoderPlan plan{};
+  plan.isa = isa;
   plan.hidden_stride = row_stride(encoder.hidden_size);
   plan.query_stride = row_stride(query_width);
   plan.inner_stride = row_stride(inner_width);
@@ -83,7 +81,7 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads) {
 
   const auto place = [&plan](int64_t size) {
     const int64_t at = plan.size;
-    plan.size += round_up(size, kLine);
+    plan.size += whole_lines(size);
     return at;
   };
   plan.hidden = place(batch.tokens * plan.hidden_stride);
@@ -96,17 +94,20 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads) {
   plan.inner = place(plan.workers * plan.inner_size);
   plan.inner_rows = inner_rows;
   const int64_t widest = std::max(encoder.hidden_size, inner_width);
-  plan.quantized_size = quantized ? round_up(quantized_rows_size(inner_rows, widest), kLine) : 0;
-  plan.quantized = place(plan.workers * plan.quantized_size);
+  const auto prepared = [&](bool of_quantized) {
+    return whole_lines(prepared_rows_size(isa, of_quantized, inner_rows, widest));
+  };
+  plan.prepared_size = std::max(quantized ? prepared(true) : 0, floats ? prepared(false) : 0);
+  plan.prepared = place(plan.workers * plan.prepared_size);
   return plan;
 }
 
 void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for) {
-  PACKEDBERT_CALL_FOR_ISA(encoder, encoder, plan, scratch, parallel_for);
+  PACKEDBERT_CALL_FOR_ISA(plan.isa, encoder, encoder, plan, scratch, parallel_for);
 }
 
 void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for) {
-  PACKEDBERT_CALL_FOR_ISA(pruned_attention, attention, parallel_for);
+  PACKEDBERT_CALL_FOR_ISA(active_isa(), pruned_attention, attention, parallel_for);
 }
 
 }  // namespace packedbert::cpu

@@ -47,6 +47,7 @@ struct Encoder {
 
 // How the work is cut, and what lies where in the scratch memory. Places are in floats from its beginning.
 struct EncoderPlan {
+  Isa isa;  // that it is for
   // Token panels, evenly sized: each is taken through a whole layer by one thread. 0: the tokens are too few,
   // each step of a layer is split among the threads instead.
   int64_t panels;
@@ -60,16 +61,16 @@ struct EncoderPlan {
   int64_t values[2];   // layer while another thread writes those of the next
   int64_t inner;       // [workers, rows of a panel, context or FFN activations, whichever is wider]
   int64_t inner_size;  // of one worker
-  int64_t quantized;   // [workers, quantized_rows_size(rows of a panel)]: the inputs of one quantized matrix
-  int64_t quantized_size;  // of one worker
-  int64_t inner_rows;      // of a panel, at most
-  int64_t size;            // floats in all
+  int64_t inner_rows;  // of a panel, at most
+  int64_t prepared;    // [workers, prepared_rows_size(rows of a panel)]: the inputs of one matrix
+  int64_t prepared_size;  // of one worker
+  int64_t size;           // floats in all
 };
 
 // threads: how many the ParallelFor has at most, 1 or more. The plan depends on it, the result does not.
-EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads);
+EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa);
 
-// Runs the body for active_isa(). The result has the same bits whatever the number of threads, and those of a
+// Runs the body for plan.isa. The result has the same bits whatever the number of threads, and those of a
 // sequence do not depend on the batch that it is in.
 //   scratch: plan.size floats, best aligned to a cache line; need not be initialised.
 void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for);

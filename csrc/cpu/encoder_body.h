@@ -16,8 +16,8 @@ struct LayerRun {
   int64_t first;  // token
   int64_t tokens;
   int64_t attention_chunks;
-  float* inner;      // scratch of the range: [tokens, plan->inner_stride]
-  float* quantized;  // scratch of the range: QuantizedRows
+  float* inner;     // scratch of the range: [tokens, plan->inner_stride]
+  float* prepared;  // scratch of the range: of its Inputs
 
   const EncoderLayer& weights() const { return encoder->layers[layer]; }
   const EncoderLayer& next_weights() const { return encoder->layers[layer + 1]; }
@@ -32,18 +32,16 @@ struct LayerRun {
   }
 
   Units units(const Matrix& weight) const { return Units(tokens, weight); }
-  QuantizedRows inputs_of(const Matrix& weight) const {
-    return QuantizedRows::at(quantized, plan->inner_rows, weight.in_features);
+  // Of the range: the hidden states, or what lies in `inner`.
+  Inputs from_hidden(const Matrix& weight) const {
+    return {hidden(), plan->hidden_stride, prepared, plan->inner_rows, weight};
+  }
+  Inputs from_inner(const Matrix& weight) const {
+    return {inner, plan->inner_stride, prepared, plan->inner_rows, weight};
   }
 };
 
 inline const LayerRun& run_of(const void* context) { return *static_cast<const LayerRun*>(context); }
-
-// Token `token` of the range as an input of `weight`, if that wants it quantized: x [weight.in_features].
-inline void quantize_token(const LayerRun& run, const Matrix& weight, const float* x, int64_t token) {
-  if (weight.quantized)
-    quantize_row(x, weight.input_scale(), weight.in_features, run.inputs_of(weight), token);
-}
 
 // Tokens [begin, end) of the range, from the padded batch.
 void gather_tokens(const void* context, int64_t begin, int64_t end) {
@@ -52,7 +50,7 @@ void gather_tokens(const void* context, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     float* x = run.hidden() + token * run.plan->hidden_stride;
     copy(run.encoder->input + run.encoder->rows[run.first + token] * size, size, x);
-    quantize_token(run, run.next_weights().qkv_weight, x, token);
+    run.from_hidden(run.next_weights().qkv_weight).prepare(token);
   }
 }
 
@@ -110,14 +108,13 @@ void project_qkv(const void* context, int64_t begin, int64_t end) {
         w.heads.width(),
         w.qkv_bias,
     };
-    multiply_units(run.units(w.qkv_weight), run.hidden(), run.plan->hidden_stride,
-                   run.inputs_of(w.qkv_weight), w.qkv_weight, w.attention_output_weight.data, begin, end,
-                   finish);
+    multiply_units(run.units(w.qkv_weight), run.from_hidden(w.qkv_weight), w.attention_output_weight.data,
+                   begin, end, finish);
     return;
   }
   const QkvFinish finish{run.qkv_of(run.layer + 1), w.qkv_bias, run.first};
-  multiply_units(run.units(w.qkv_weight), run.hidden(), run.plan->hidden_stride, run.inputs_of(w.qkv_weight),
-                 w.qkv_weight, w.attention_output_weight.data, begin, end, finish);
+  multiply_units(run.units(w.qkv_weight), run.from_hidden(w.qkv_weight), w.attention_output_weight.data,
+                 begin, end, finish);
 }
 
 // The keys and values of tokens [begin, end), from where QuantizedQkvFinish put them.
@@ -147,23 +144,20 @@ PACKEDBERT_INLINE void project_back(const LayerRun& run,
   const LinearFinish finish{
       finish_tile<Activation::none>, run.encoder->hidden_size, bias, run.hidden(), run.hidden(),
       run.plan->hidden_stride};
-  multiply_units(run.units(weight), run.inner, run.plan->inner_stride, run.inputs_of(weight), weight, next,
-                 begin, end, finish);
+  multiply_units(run.units(weight), run.from_inner(weight), next, begin, end, finish);
 }
 
-// The inputs [begin, end) of project_context and project_down, where these are quantized.
-void quantize_context(const void* context, int64_t begin, int64_t end) {
+// The inputs [begin, end) of project_context and project_down, where they are prepared.
+void prepare_context(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
-  for (int64_t token = begin; token < end; ++token) {
-    quantize_token(run, run.weights().attention_output_weight, run.inner + token * run.plan->inner_stride,
-                   token);
-  }
+  const Inputs inputs = run.from_inner(run.weights().attention_output_weight);
+  for (int64_t token = begin; token < end; ++token) inputs.prepare(token);
 }
 
-void quantize_ffn(const void* context, int64_t begin, int64_t end) {
+void prepare_ffn(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
-  for (int64_t token = begin; token < end; ++token)
-    quantize_token(run, run.weights().down_weight, run.inner + token * run.plan->inner_stride, token);
+  const Inputs inputs = run.from_inner(run.weights().down_weight);
+  for (int64_t token = begin; token < end; ++token) inputs.prepare(token);
 }
 
 void project_context(const void* context, int64_t begin, int64_t end) {
@@ -179,7 +173,7 @@ void normalize_attention(const void* context, int64_t begin, int64_t end) {
     float* x = run.hidden() + token * run.plan->hidden_stride;
     normalize_row(run.encoder->norm, x, run.encoder->hidden_size, w.attention_norm_weight,
                   w.attention_norm_bias, run.encoder->eps, x);
-    quantize_token(run, w.up_weight, x, token);
+    run.from_hidden(w.up_weight).prepare(token);
   }
 }
 
@@ -192,8 +186,8 @@ void project_up(const void* context, int64_t begin, int64_t end) {
                             nullptr,
                             run.inner,
                             run.plan->inner_stride};
-  multiply_units(run.units(w.up_weight), run.hidden(), run.plan->hidden_stride, run.inputs_of(w.up_weight),
-                 w.up_weight, w.down_weight.data, begin, end, finish);
+  multiply_units(run.units(w.up_weight), run.from_hidden(w.up_weight), w.down_weight.data, begin, end,
+                 finish);
 }
 
 void project_down(const void* context, int64_t begin, int64_t end) {
@@ -212,7 +206,7 @@ void normalize_output(const void* context, int64_t begin, int64_t end) {
     float* x = run.hidden() + token * run.plan->hidden_stride;
     float* to = run.is_last() ? run.encoder->output + run.encoder->rows[run.first + token] * size : x;
     normalize_row(run.encoder->norm, x, size, w.output_norm_weight, w.output_norm_bias, run.encoder->eps, to);
-    if (!run.is_last()) quantize_token(run, run.next_weights().qkv_weight, x, token);
+    if (!run.is_last()) run.from_hidden(run.next_weights().qkv_weight).prepare(token);
   }
 }
 
@@ -234,11 +228,11 @@ void run_layer(const LayerRun& run, ParallelFor parallel_for) {
     const EncoderLayer& w = run.weights();
     const int64_t attention_units = w.heads.count * run.attention_chunks;
     if (w.heads.size > 0 && attention_units > 0) parallel_for(attention_units, 1, attend, &run);
-    if (w.attention_output_weight.quantized) for_tokens(quantize_context);
+    if (run.from_inner(w.attention_output_weight).are_prepared()) for_tokens(prepare_context);
     multiply(w.attention_output_weight, project_context);
     for_tokens(normalize_attention);
     multiply(w.up_weight, project_up);
-    if (w.down_weight.quantized) for_tokens(quantize_ffn);
+    if (run.from_inner(w.down_weight).are_prepared()) for_tokens(prepare_ffn);
     multiply(w.down_weight, project_down);
     for_tokens(normalize_output);
   }
@@ -261,7 +255,7 @@ void run_panels(const void* context, int64_t begin, int64_t) {
   LayerRun run = panels.all;
   const int64_t count = run.plan->panels;
   run.inner += begin * run.plan->inner_size;
-  run.quantized += begin * run.plan->quantized_size;
+  run.prepared += begin * run.plan->prepared_size;
   run.attention_chunks = 1;
   for (;;) {
     const int64_t panel = __atomic_fetch_add(panels.next_panel, 1, __ATOMIC_RELAXED);
@@ -291,7 +285,7 @@ void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, Pa
       .tokens = tokens,
       .attention_chunks = attention_chunks(tokens),
       .inner = scratch + plan.inner,
-      .quantized = scratch + plan.quantized,
+      .prepared = scratch + plan.prepared,
   };
   for (; run.layer < encoder.layer_count; ++run.layer) {
     if (plan.panels == 0) {

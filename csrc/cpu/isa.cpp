@@ -7,6 +7,10 @@
 #if PACKEDBERT_X86
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace packedbert::cpu {
 namespace {
@@ -22,6 +26,18 @@ uint64_t saved_register_files() {
   uint32_t high = 0;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (uint64_t{high} << 32) | low;
+}
+
+// Linux lets a process use AMX's tiles, 8 KiB a thread, only after it has asked for them (Linux,
+// Documentation/arch/x86/xstate.rst). What it grants holds for the process's threads and children.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
 }
 
 std::vector<Isa> detect() {
@@ -44,11 +60,16 @@ std::vector<Isa> detect() {
   const bool has_avx512 = has_bits(ebx, avx512_f_dq_bw_vl) && has_bits(saved, masks_and_zmm);
   constexpr uint32_t avx512_vnni = 1u << 11;
   const bool has_avx512_vnni = has_avx512 && has_bits(ecx, avx512_vnni);
+  constexpr uint64_t tile_config_and_data = 0x60000;
+  constexpr uint32_t amx_bf16_tile_int8 = (1u << 22) | (1u << 24) | (1u << 25);
+  const bool has_amx =
+      has_avx512_vnni && has_bits(edx, amx_bf16_tile_int8) && has_bits(saved, tile_config_and_data);
   constexpr uint32_t avx_vnni = 1u << 4;
   if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && has_bits(eax, avx_vnni))
     isas.push_back(Isa::avx2_vnni);
   if (has_avx512) isas.push_back(Isa::avx512);
   if (has_avx512_vnni) isas.push_back(Isa::avx512_vnni);
+  if (has_amx && may_use_tiles()) isas.push_back(Isa::avx512_amx);
   return isas;
 }
 
@@ -77,6 +98,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::avx512_vnni:
       return "avx512_vnni";
+    case Isa::avx512_amx:
+      return "avx512_amx";
   }
   return "unknown";
 }

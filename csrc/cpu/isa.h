@@ -17,10 +17,11 @@ enum class Isa {
   avx2_vnni,    // and AVX-VNNI, the dot products of bytes
   avx512,       // AVX-512 F, BW, DQ and VL
   avx512_vnni,  // and AVX-512 VNNI
+  avx512_amx,   // and AMX, tiles of bfloat16 and of bytes
 };
 
 // A kernel has one body, compiled once for each instruction set: this declares all of them, and
-// PACKEDBERT_CALL_FOR_ISA calls the one for active_isa().
+// PACKEDBERT_CALL_FOR_ISA calls the one for `isa`.
 #if PACKEDBERT_X86
 #define PACKEDBERT_DECLARE_FOR_EACH_ISA(declaration) \
   namespace scalar {                                 \
@@ -37,26 +38,31 @@ enum class Isa {
   }                                                  \
   namespace avx512_vnni {                            \
   declaration;                                       \
+  }                                                  \
+  namespace avx512_amx {                             \
+  declaration;                                       \
   }
-#define PACKEDBERT_CALL_FOR_ISA(function, ...)   \
-  switch (active_isa()) {                        \
-    case Isa::avx512_vnni:                       \
-      return avx512_vnni::function(__VA_ARGS__); \
-    case Isa::avx512:                            \
-      return avx512::function(__VA_ARGS__);      \
-    case Isa::avx2_vnni:                         \
-      return avx2_vnni::function(__VA_ARGS__);   \
-    case Isa::avx2:                              \
-      return avx2::function(__VA_ARGS__);        \
-    default:                                     \
-      return scalar::function(__VA_ARGS__);      \
+#define PACKEDBERT_CALL_FOR_ISA(isa, function, ...) \
+  switch (isa) {                                    \
+    case Isa::avx512_amx:                           \
+      return avx512_amx::function(__VA_ARGS__);     \
+    case Isa::avx512_vnni:                          \
+      return avx512_vnni::function(__VA_ARGS__);    \
+    case Isa::avx512:                               \
+      return avx512::function(__VA_ARGS__);         \
+    case Isa::avx2_vnni:                            \
+      return avx2_vnni::function(__VA_ARGS__);      \
+    case Isa::avx2:                                 \
+      return avx2::function(__VA_ARGS__);           \
+    default:                                        \
+      return scalar::function(__VA_ARGS__);         \
   }
 #else
 #define PACKEDBERT_DECLARE_FOR_EACH_ISA(declaration) \
   namespace scalar {                                 \
   declaration;                                       \
   }
-#define PACKEDBERT_CALL_FOR_ISA(function, ...) return scalar::function(__VA_ARGS__)
+#define PACKEDBERT_CALL_FOR_ISA(isa, function, ...) return scalar::function(__VA_ARGS__)
 #endif
 
 const char* isa_name(Isa isa);

@@ -23,6 +23,7 @@ constexpr int64_t kNearPrefetch = 8;
 // clang-format off: each builds on the one before
 #include "cpu/vec_avx2.h"
 #include "cpu/dot_avx2_vnni.h"
+#include "cpu/products_vector.h"
 #include "cpu/bodies.h"
 // clang-format on
 

@@ -26,6 +26,7 @@ constexpr int64_t kNearPrefetch = 0;
 // clang-format off: each builds on the one before
 #include "cpu/vec_avx512.h"
 #include "cpu/dot_avx512.h"
+#include "cpu/products_vector.h"
 #include "cpu/bodies.h"
 // clang-format on
 

@@ -1,8 +1,8 @@
 // A linear layer's product and what follows it, over Vec: shared by packed_linear and the encoder. Included
-// inside the namespace and the target region of one instruction set, after its vec_*.h, vec_math.h and
-// multiply_tile.h. It uses nothing of the standard library: see target_region.h.
+// inside the namespace and the target region of one instruction set, after its products_*.h. It uses nothing
+// of the standard library: see target_region.h.
 //
-// The work is cut into units, one tile (at most kTileRows rows) times one panel (kPanelWidth columns) each,
+// The work is cut into units, one tile (at most kUnitRows rows) times one panel (kPanelWidth columns) each,
 // so that both many rows and a single one keep every thread busy. Bias, activation and residual are applied
 // to a tile before it leaves the first-level cache. A norm needs whole rows: it is a second pass.
 
@@ -28,8 +28,8 @@ struct Units {
         depth(weight.in_features),
         columns(weight.out_features),
         panels(panel_count(weight.out_features)),
-        tiles(ceil_div(rows, kTileRows)),
-        tiles_per_block(larger(1, kRowBlockBytes / (4 * kTileRows * larger(1, weight.in_features)))) {}
+        tiles(ceil_div(rows, kUnitRows)),
+        tiles_per_block(larger(1, kRowBlockBytes / (4 * kUnitRows * larger(1, weight.in_features)))) {}
 
   int64_t count() const { return tiles * panels; }
 
@@ -66,15 +66,14 @@ constexpr int64_t kStepBytes = kPanelWidth * sizeof(float);
 static_assert(kStepBytes == kPanelWidth * kGroup);
 
 struct FloatProduct {
-  const float* input;  // [rows, weight.in_features] with `stride` between rows
-  int64_t stride;
+  FloatRows input;
   const Matrix& weight;
 
   PACKEDBERT_INLINE int64_t steps() const { return weight.in_features; }
   PACKEDBERT_INLINE void multiply(
       int64_t row, int64_t rows, int64_t panel, int64_t columns, float* tile, Prefetch ahead) const {
-    multiply_tile(input + row * stride, stride, rows, weight.floats() + panel * steps() * kPanelWidth,
-                  columns, steps(), tile, kPanelWidth, ahead);
+    multiply_floats(input, row, rows, weight.floats() + panel * steps() * kPanelWidth, columns, steps(), tile,
+                    kPanelWidth, ahead);
   }
 };
 
@@ -104,7 +103,8 @@ PACKEDBERT_INLINE void multiply_units(const Units& units,
                                       int64_t begin,
                                       int64_t end,
                                       const Finish& finish) {
-  alignas(64) float sums[kTileRows * kPanelWidth];
+  alignas(64) float sums[kUnitRows * kPanelWidth];
+  const ProductScope scope;
   const int64_t panel_bytes = product.steps() * kStepBytes;
   const int64_t tiles_of_panel = smaller(units.tiles, units.tiles_per_block);
   const int64_t share = ceil_div(kStepBytes, tiles_of_panel);
@@ -127,22 +127,42 @@ PACKEDBERT_INLINE void multiply_units(const Units& units,
   }
 }
 
-// multiply_units with a matrix of either kind: `input` is read if it is in float, `quantized` if it is in
-// int8.
+// The inputs of a matrix of either kind: rows of floats, and scratch for what its product makes of them
+// first (prepared_rows_size).
+struct Inputs {
+  const float* values;  // [rows, weight.in_features] with `stride` between rows
+  int64_t stride;
+  float* scratch;
+  int64_t rows;
+  const Matrix& weight;
+
+  FloatRows floats() const { return FloatRows::at(values, stride, scratch, rows, weight.in_features); }
+  QuantizedRows quantized() const { return QuantizedRows::at(scratch, rows, weight.in_features); }
+
+  // Whether prepare() has to be called for every row before it is multiplied.
+  bool are_prepared() const { return weight.quantized || FloatRows::kPrepared; }
+
+  void prepare(int64_t row) const {
+    if (weight.quantized) {
+      quantize_row(values + row * stride, weight.input_scale(), weight.in_features, quantized(), row);
+    } else {
+      floats().prepare(row, weight.in_features);
+    }
+  }
+};
+
+// multiply_units with a matrix of either kind.
 template <typename Finish>
 PACKEDBERT_INLINE void multiply_units(const Units& units,
-                                      const float* input,
-                                      int64_t stride,
-                                      const QuantizedRows& quantized,
-                                      const Matrix& weight,
+                                      const Inputs& inputs,
                                       const void* next,
                                       int64_t begin,
                                       int64_t end,
                                       const Finish& finish) {
-  if (weight.quantized) {
-    multiply_units(units, QuantizedProduct{quantized, weight}, next, begin, end, finish);
+  if (inputs.weight.quantized) {
+    multiply_units(units, QuantizedProduct{inputs.quantized(), inputs.weight}, next, begin, end, finish);
   } else {
-    multiply_units(units, FloatProduct{input, stride, weight}, next, begin, end, finish);
+    multiply_units(units, FloatProduct{inputs.floats(), inputs.weight}, next, begin, end, finish);
   }
 }
 

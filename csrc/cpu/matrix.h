@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/isa.h"
 #include "packed_layout.h"
 
 namespace packedbert::cpu {
@@ -30,15 +31,36 @@ struct Matrix {
   }
 };
 
-// Scratch for the inputs of a quantized matrix, in floats: of each row its scale, its zero point, and its
-// values, of two bytes at most.
-constexpr int64_t quantized_stride(int64_t in_features) {
-  // An odd number of half lines, so that rows don't share sets of the first-level cache.
-  const int64_t stride = (in_features + 31) / 32 * 32;
-  return stride % 64 == 0 ? stride + 32 : stride;
-}
+// Scratch for what a product makes of its inputs, in floats.
+constexpr int64_t kLine = 64 / sizeof(float);
+constexpr int64_t whole_lines(int64_t floats) { return (floats + kLine - 1) / kLine * kLine; }
+
+// An odd number of lines of bytes, so that rows don't share sets of the first-level cache.
+constexpr int64_t odd_lines(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
+// For a quantized matrix: of each row its scale, its zero point, and its values, of two bytes at most.
+constexpr int64_t quantized_stride(int64_t in_features) { return odd_lines(in_features); }
 constexpr int64_t quantized_rows_size(int64_t rows, int64_t in_features) {
-  return rows * (2 + quantized_stride(in_features) / 2);
+  return whole_lines(2 * rows) + rows * quantized_stride(in_features) / 2;
+}
+
+// For one in float where it is multiplied in tiles (products_amx.h): whether a row has a NaN or an infinity,
+// and its values as the sums of kPlanes values in bfloat16, one row of each after the other.
+inline constexpr int64_t kPlanes = 3;
+constexpr int64_t split_stride(int64_t in_features) { return odd_lines(2 * in_features) / 2; }
+constexpr int64_t split_rows_size(int64_t rows, int64_t in_features) {
+  return whole_lines(rows) + rows * kPlanes * split_stride(in_features) / 2;
+}
+
+// A tile has up to so many rows, half of which may be more than there are: they are read, and ignored.
+inline constexpr int64_t kStripRows = 32;
+
+// The scratch that `isa` wants for `rows` inputs of `matrix`, none narrower than `in_features`.
+constexpr int64_t prepared_rows_size(Isa isa, bool quantized, int64_t rows, int64_t in_features) {
+  const bool tiles = isa == Isa::avx512_amx;
+  const int64_t room = tiles ? rows + kStripRows : rows;
+  if (quantized) return quantized_rows_size(room, in_features);
+  return tiles ? split_rows_size(room, in_features) : 0;
 }
 
 }  // namespace packedbert::cpu

@@ -7,7 +7,7 @@
 namespace packedbert::cpu {
 
 void packed_linear(const PackedLinear& linear, ParallelFor parallel_for) {
-  PACKEDBERT_CALL_FOR_ISA(packed_linear, linear, parallel_for);
+  PACKEDBERT_CALL_FOR_ISA(linear.isa, packed_linear, linear, parallel_for);
 }
 
 namespace {

@@ -20,13 +20,14 @@ struct PackedLinear {
   const float* norm_weight;  // [out_features]; null with Norm::none
   const float* norm_bias;    // [out_features]; null with Norm::none
   float* output;             // [rows, out_features], overlaps nothing
-  float* quantized_rows;     // scratch for a quantized weight: quantized_rows_size(rows, in_features) floats
+  float* prepared_rows;      // scratch, prepared_rows_size(isa, weight.quantized, rows, in_features) floats
   Activation activation;
   Norm norm;
   float eps;
+  Isa isa;
 };
 
-// Runs the body for active_isa(). The result has the same bits whatever the number of threads.
+// Runs the body for linear.isa. The result has the same bits whatever the number of threads.
 void packed_linear(const PackedLinear& linear, ParallelFor parallel_for);
 
 // Copies weight[n, k] = weight[n * row_stride + k * column_stride] to `packed`, laid out as packed_layout.h

@@ -1,17 +1,14 @@
 // packed_linear, over Vec. Included inside the namespace and the target region of one instruction set, after
 // linear_body.h.
 
-inline QuantizedRows quantized_rows_of(const PackedLinear& linear) {
-  return QuantizedRows::at(linear.quantized_rows, linear.rows, linear.weight.in_features);
+inline Inputs inputs_of(const PackedLinear& linear) {
+  return {linear.input, linear.weight.in_features, linear.prepared_rows, linear.rows, linear.weight};
 }
 
-// The input rows [begin, end) of the PackedLinear that context points to, for a quantized weight.
-void quantize_packed_linear(const void* context, int64_t begin, int64_t end) {
-  const PackedLinear& linear = *static_cast<const PackedLinear*>(context);
-  const int64_t size = linear.weight.in_features;
-  for (int64_t row = begin; row < end; ++row)
-    quantize_row(linear.input + row * size, linear.weight.input_scale(), size, quantized_rows_of(linear),
-                 row);
+// The input rows [begin, end) of the PackedLinear that context points to.
+void prepare_packed_linear(const void* context, int64_t begin, int64_t end) {
+  const Inputs inputs = inputs_of(*static_cast<const PackedLinear*>(context));
+  for (int64_t row = begin; row < end; ++row) inputs.prepare(row);
 }
 
 // The units [begin, end).
@@ -24,8 +21,7 @@ void multiply_packed_linear(const void* context, int64_t begin, int64_t end) {
                             linear.residual,
                             linear.output,
                             out_features};
-  multiply_units(Units(linear.rows, linear.weight), linear.input, linear.weight.in_features,
-                 quantized_rows_of(linear), linear.weight, nullptr, begin, end, finish);
+  multiply_units(Units(linear.rows, linear.weight), inputs_of(linear), nullptr, begin, end, finish);
 }
 
 // The rows [begin, end) of the output, normalised in place.
@@ -44,8 +40,8 @@ void packed_linear(const PackedLinear& linear, ParallelFor parallel_for) {
   const auto row_grain = [](int64_t features) {
     return ceil_div(kNormElementsPerThread, larger(1, features));
   };
-  if (linear.weight.quantized)
-    parallel_for(linear.rows, row_grain(linear.weight.in_features), quantize_packed_linear, &linear);
+  if (inputs_of(linear).are_prepared())
+    parallel_for(linear.rows, row_grain(linear.weight.in_features), prepare_packed_linear, &linear);
   parallel_for(units.count(), units.grain(), multiply_packed_linear, &linear);
   if (linear.norm != Norm::none)
     parallel_for(linear.rows, row_grain(linear.weight.out_features), normalize_packed_linear, &linear);

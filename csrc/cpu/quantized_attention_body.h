@@ -92,12 +92,12 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
   alignas(64) static constexpr float ones[kPanelWidth] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                                           1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   alignas(64) static constexpr int32_t no_sums[kPanelWidth] = {};
-  alignas(64) float scores[kTileRows * kScoreStride];
-  alignas(64) float tile[kTileRows * kPanelWidth];
-  alignas(64) float scratch[quantized_rows_size(kTileRows, kKeyBlock)];
-  float maximum[kTileRows];
-  float sum[kTileRows];
-  float correction[kTileRows];
+  alignas(64) float scores[kQueryRows * kScoreStride];
+  alignas(64) float tile[kQueryRows * kPanelWidth];
+  alignas(64) float scratch[quantized_rows_size(kQueryRows, kKeyBlock)];
+  float maximum[kQueryRows];
+  float sum[kQueryRows];
+  float correction[kQueryRows];
   const Ragged& batch = in.batch;
   const int64_t size = in.heads.size;
   const int64_t groups = group_count(size);
@@ -111,7 +111,7 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
     const bool last = key + keys == length;
     const int64_t slot = first_slot + key;
 
-    const QuantizedRows quantized_queries = QuantizedRows::at(scratch, kTileRows, size);
+    const QuantizedRows quantized_queries = QuantizedRows::at(scratch, kQueryRows, size);
     for (int64_t row = 0; row < rows; ++row)
       quantize_row(queries + row * in.query_stride, nullptr, size, quantized_queries, row);
     for (int64_t k = 0; k < keys; k += kPanelWidth) {
@@ -126,7 +126,7 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
     float largest = value_scale[0];
     for (int64_t k = 1; k < keys; ++k) largest = value_scale[k] <= largest ? largest : value_scale[k];
     for (int64_t k = 0; k < keys; ++k) largest += 0.0f * value_scale[k];
-    const QuantizedRows probabilities = QuantizedRows::at(scratch, kTileRows, kKeyBlock);
+    const QuantizedRows probabilities = QuantizedRows::at(scratch, kQueryRows, kKeyBlock);
     const Vec factor = Vec::broadcast(255.0f / largest);
     const Vec limit = Vec::broadcast(255.0f);
     for (int64_t row = 0; row < rows; ++row) {

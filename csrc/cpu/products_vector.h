@@ -1,0 +1,53 @@
+// What linear layers and attention ask of an instruction set's matrix products, in terms of the microkernels
+// over Vec and Dot. Included inside the namespace and the target region of one instruction set, after its
+// dot_*.h. products_amx.h is the other one of this interface.
+
+// clang-format off
+#include "cpu/vec_math.h"
+#include "cpu/multiply_tile.h"
+#include "cpu/quantize_rows.h"
+#include "cpu/multiply_quantized.h"
+// clang-format on
+
+// The rows of one unit of a linear layer's work, and the queries that attention takes at a time.
+constexpr int64_t kUnitRows = kTileRows;
+constexpr int64_t kQueryRows = kTileRows;
+
+// The inputs of a product in float: as they are.
+struct FloatRows {
+  // Whether prepare() has to be called for every row before it is multiplied.
+  static constexpr bool kPrepared = false;
+
+  const float* values;  // [rows, in_features] with `stride` between rows
+  int64_t stride;
+
+  // Floats of scratch memory for so many rows.
+  static constexpr int64_t size(int64_t /*rows*/, int64_t /*in_features*/) { return 0; }
+  // scratch: size(rows, at least in_features), or null for a product without it, which may be slower.
+  static FloatRows at(
+      const float* values, int64_t stride, float* /*scratch*/, int64_t /*rows*/, int64_t /*in_features*/) {
+    return {values, stride};
+  }
+  void prepare(int64_t /*row*/, int64_t /*in_features*/) const {}
+};
+
+// To be alive on a thread while it multiplies.
+struct ProductScope {
+  ~ProductScope() {}
+};
+
+// tile [count, kPanelWidth] = rows [first_row, first_row + count), count <= kUnitRows, times one panel.
+//   panel [depth, kPanelWidth], of which `columns` are wanted; tile: with tile_stride between rows, and room
+//   for all rows that a unit may have.
+inline void multiply_floats(const FloatRows& rows,
+                            int64_t first_row,
+                            int64_t count,
+                            const float* panel,
+                            int64_t columns,
+                            int64_t depth,
+                            float* tile,
+                            int64_t tile_stride,
+                            Prefetch ahead) {
+  multiply_tile(rows.values + first_row * rows.stride, rows.stride, count, panel, columns, depth, tile,
+                tile_stride, ahead);
+}

@@ -1,0 +1,64 @@
+// Quantization of inputs, over Vec and Dot. Included inside the namespace and the target region of one
+// instruction set, after its dot_*.h and multiply_tile.h.
+//
+// A row x of inputs becomes integers q, 0 <= q <= 255, a scale and a zero point, with x ~ (q - zero_point) *
+// scale: asymmetric, since what GELU puts out is. Products and their sums are exact, so every instruction set
+// has the same; so are the integers themselves, each of whose roundings is one IEEE 754 operation.
+
+// The inputs of a quantized matrix.
+struct QuantizedRows {
+  float* scale;         // [rows]
+  int32_t* zero_point;  // [rows]
+  Dot::Input* values;   // [rows, in_features up to the next full Vec] with `stride` between rows
+  int64_t stride;
+
+  // In scratch memory of quantized_rows_size(rows, at least in_features) floats.
+  static QuantizedRows at(float* scratch, int64_t rows, int64_t in_features) {
+    return {scratch, reinterpret_cast<int32_t*>(scratch + rows),
+            reinterpret_cast<Dot::Input*>(scratch + whole_lines(2 * rows)), quantized_stride(in_features)};
+  }
+};
+
+// The smallest scale: its inverse is finite.
+constexpr float kMinScale = 0x1p-126f;
+
+// Row `row` of `to` = x [size], times input_scale [size] if that is not null. Where x has a NaN or an
+// infinity, the scale is a NaN, and with it everything that is computed from the row.
+inline void quantize_row(
+    const float* x, const float* input_scale, int64_t size, const QuantizedRows& to, int64_t row) {
+  const auto load = [&](int64_t i) PACKEDBERT_INLINE_LAMBDA {
+    const bool whole = i + Vec::kWidth <= size;
+    const Vec value = whole ? Vec::load(x + i) : Vec::load_partial(x + i, size - i);
+    if (!input_scale) return value;
+    return value * (whole ? Vec::load(input_scale + i) : Vec::load_partial(input_scale + i, size - i));
+  };
+  Vec low = Vec::zero();
+  Vec high = Vec::zero();
+  Vec damage = Vec::zero();  // 0 * x is a NaN for what is not finite
+  for (int64_t i = 0; i < size; i += Vec::kWidth) {
+    const Vec value = load(i);
+    low = min(low, value);
+    high = max(high, value);
+    damage = fma(Vec::zero(), value, damage);
+  }
+  Dot::Input* values = to.values + row * to.stride;
+  if (sum_of_lanes(damage) != 0.0f) {
+    for (int64_t i = 0; i < size; i += Vec::kWidth) Dot::store_inputs(Vec::zero(), Vec::zero(), values + i);
+    to.scale[row] = __builtin_nanf("");
+    to.zero_point[row] = 0;
+    return;
+  }
+  const float lowest = -max_of_lanes(Vec::zero() - low);
+  const float range = (max_of_lanes(high) - lowest) / 255.0f;
+  const float scale = range > kMinScale ? range : kMinScale;
+  const float inverse = 1.0f / scale;
+  // The zero point is rounded as the inputs are.
+  const Vec zero_point = round(Vec::broadcast(-lowest * inverse));
+  const Vec least = Vec::zero() - zero_point;
+  const Vec most = Vec::broadcast(255.0f) - zero_point;
+  const Vec factor = Vec::broadcast(inverse);
+  for (int64_t i = 0; i < size; i += Vec::kWidth)
+    Dot::store_inputs(max(min(round(load(i) * factor), most), least), zero_point, values + i);
+  to.scale[row] = scale;
+  to.zero_point[row] = static_cast<int32_t>(first_lane(zero_point));
+}
