@@ -143,7 +143,8 @@ inline void attend_tile(const QueriesKeysValues& in,
                         const float* queries,
                         int64_t rows,
                         float* context,
-                        int64_t context_stride) {
+                        int64_t context_stride,
+                        ProductScope& scope) {
   alignas(64) float scores[kQueryRows * kScoreStride];
   alignas(64) float tile[kQueryRows * kPanelWidth];
   // First the queries are prepared there, then the probabilities.
@@ -162,14 +163,15 @@ inline void attend_tile(const QueriesKeysValues& in,
     const bool first = key == 0;
     const bool last = key + keys == length;
     const FloatRows query_rows =
-        FloatRows::at(queries, in.query_stride, size <= kKeyBlock ? scratch : nullptr, kQueryRows, size);
+        FloatRows::in(queries, in.query_stride, size <= kKeyBlock ? scratch : nullptr, kQueryRows, size);
     for (int64_t row = 0; row < rows; ++row) query_rows.prepare(row, size);
     for (int64_t k = 0; k < keys; k += kPanelWidth) {
       const float* panel = in.keys + (first_slot + key + k) * size;
-      multiply_floats(query_rows, 0, rows, panel, smaller(kPanelWidth, keys - k), size, scores + k,
-                      kScoreStride, no_prefetch(panel));
+      const float* next = k + kPanelWidth < keys ? panel + kPanelWidth * size : nullptr;
+      multiply_floats(query_rows, 0, rows, panel, next, smaller(kPanelWidth, keys - k), size, scores + k,
+                      kScoreStride, no_prefetch(panel), scope);
     }
-    const FloatRows probabilities = FloatRows::at(scores, kScoreStride, scratch, kQueryRows, keys);
+    const FloatRows probabilities = FloatRows::in(scores, kScoreStride, scratch, kQueryRows, keys);
     for (int64_t row = 0; row < rows; ++row) {
       correction[row] =
           exponentiate(scores + row * kScoreStride, keys, scale, first, &maximum[row], &sum[row]);
@@ -179,7 +181,8 @@ inline void attend_tile(const QueriesKeysValues& in,
       const int64_t value = (head * panel_count(size) + panel) * batch.tokens + first_token + key;
       const float* values = in.values + value * kPanelWidth;
       const int64_t columns = smaller(kPanelWidth, size - panel * kPanelWidth);
-      multiply_floats(probabilities, 0, rows, values, columns, keys, tile, kPanelWidth, no_prefetch(values));
+      multiply_floats(probabilities, 0, rows, values, nullptr, columns, keys, tile, kPanelWidth,
+                      no_prefetch(values), scope);
       for (int64_t row = 0; row < rows; ++row) {
         accumulate_context(tile + row * kPanelWidth, columns, first, correction[row],
                            last ? 1.0f / sum[row] : 1.0f,
@@ -196,7 +199,8 @@ using AttendTile = void (*)(const QueriesKeysValues& in,
                             const float* queries,
                             int64_t rows,
                             float* context,
-                            int64_t context_stride);
+                            int64_t context_stride,
+                            ProductScope& scope);
 
 // The context of one head for tokens [token, end), whatever sequences they belong to.
 //   context: [end - token, heads.size] with context_stride between rows.
@@ -206,7 +210,8 @@ inline void attend_head(AttendTile attend,
                         int64_t token,
                         int64_t end,
                         float* context,
-                        int64_t context_stride) {
+                        int64_t context_stride,
+                        ProductScope& scope) {
   while (token < end) {
     const int64_t sequence = in.batch.sequence_of[token];
     const int64_t queries = smaller(end, in.batch.first_token[sequence + 1]) - token;
@@ -214,7 +219,7 @@ inline void attend_head(AttendTile attend,
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = queries * tile / tiles;
       attend(in, head, sequence, in.queries + (token + begin) * in.query_stride + head * in.heads.size,
-             queries * (tile + 1) / tiles - begin, context + begin * context_stride, context_stride);
+             queries * (tile + 1) / tiles - begin, context + begin * context_stride, context_stride, scope);
     }
     token += queries;
     context += queries * context_stride;
@@ -238,12 +243,12 @@ inline void attend_units(AttendTile attend,
                          int64_t end,
                          float* context,
                          int64_t context_stride) {
-  const ProductScope scope;
+  ProductScope scope;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t head = unit / chunks;
     const int64_t from = tokens * (unit % chunks) / chunks;
     const int64_t to = tokens * (unit % chunks + 1) / chunks;
     attend_head(attend, in, head, token + from, token + to,
-                context + from * context_stride + head * in.heads.size, context_stride);
+                context + from * context_stride + head * in.heads.size, context_stride, scope);
   }
 }

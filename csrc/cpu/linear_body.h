@@ -39,9 +39,11 @@ struct Units {
     return ceil_div(kMultiplicationsPerThread, larger(1, depth) * kPanelWidth * ceil_div(rows, tiles));
   }
 
-  // Tiles differ by one row at most: 28 + 1 rows are three tiles of 9 and 10, not two full ones and a single
-  // row.
-  int64_t first_row(int64_t tile) const { return rows * tile / tiles; }
+  // Tiles differ by one step of rows at most: 28 + 1 rows are three tiles of 9 and 10, not two full ones and
+  // a single row.
+  int64_t first_row(int64_t tile) const {
+    return smaller(rows, ceil_div(rows, kRowStep) * tile / tiles * kRowStep);
+  }
 
   void find(int64_t unit, int64_t* tile, int64_t* panel) const {
     const int64_t first_tile = unit / (tiles_per_block * panels) * tiles_per_block;
@@ -70,10 +72,17 @@ struct FloatProduct {
   const Matrix& weight;
 
   PACKEDBERT_INLINE int64_t steps() const { return weight.in_features; }
-  PACKEDBERT_INLINE void multiply(
-      int64_t row, int64_t rows, int64_t panel, int64_t columns, float* tile, Prefetch ahead) const {
-    multiply_floats(input, row, rows, weight.floats() + panel * steps() * kPanelWidth, columns, steps(), tile,
-                    kPanelWidth, ahead);
+  PACKEDBERT_INLINE void multiply(int64_t row,
+                                  int64_t rows,
+                                  int64_t panel,
+                                  int64_t next_panel,
+                                  int64_t columns,
+                                  float* tile,
+                                  Prefetch ahead,
+                                  ProductScope& scope) const {
+    const auto at = [&](int64_t i) { return i < 0 ? nullptr : weight.floats() + i * steps() * kPanelWidth; };
+    multiply_floats(input, row, rows, at(panel), at(next_panel), columns, steps(), tile, kPanelWidth, ahead,
+                    scope);
   }
 };
 
@@ -82,8 +91,14 @@ struct QuantizedProduct {
   const Matrix& weight;
 
   PACKEDBERT_INLINE int64_t steps() const { return group_count(weight.in_features); }
-  PACKEDBERT_INLINE void multiply(
-      int64_t row, int64_t rows, int64_t panel, int64_t columns, float* tile, Prefetch ahead) const {
+  PACKEDBERT_INLINE void multiply(int64_t row,
+                                  int64_t rows,
+                                  int64_t panel,
+                                  int64_t /*next_panel*/,
+                                  int64_t columns,
+                                  float* tile,
+                                  Prefetch ahead,
+                                  ProductScope& /*scope*/) const {
     const int64_t first = panel * kPanelWidth;
     multiply_quantized_panel(input, row, rows, weight.values() + panel * steps() * kStepBytes,
                              weight.scale() + first, weight.column_sums() + first, columns, steps(), tile,
@@ -104,7 +119,7 @@ PACKEDBERT_INLINE void multiply_units(const Units& units,
                                       int64_t end,
                                       const Finish& finish) {
   alignas(64) float sums[kUnitRows * kPanelWidth];
-  const ProductScope scope;
+  ProductScope scope;
   const int64_t panel_bytes = product.steps() * kStepBytes;
   const int64_t tiles_of_panel = smaller(units.tiles, units.tiles_per_block);
   const int64_t share = ceil_div(kStepBytes, tiles_of_panel);
@@ -121,8 +136,11 @@ PACKEDBERT_INLINE void multiply_units(const Units& units,
     Prefetch ahead{this_panel, 0};
     if (next_panel) ahead = {next_panel + tile % units.tiles_per_block * share * product.steps(), share};
     finish.prepare(row, rows, panel * kPanelWidth);
-    product.multiply(row, rows, panel, smaller(kPanelWidth, units.columns - panel * kPanelWidth), sums,
-                     ahead);
+    int64_t next_tile = 0;
+    int64_t panel_after = -1;
+    if (unit + 1 < end) units.find(unit + 1, &next_tile, &panel_after);
+    product.multiply(row, rows, panel, panel_after, smaller(kPanelWidth, units.columns - panel * kPanelWidth),
+                     sums, ahead, scope);
     finish(sums, row, rows, panel * kPanelWidth);
   }
 }
@@ -136,8 +154,8 @@ struct Inputs {
   int64_t rows;
   const Matrix& weight;
 
-  FloatRows floats() const { return FloatRows::at(values, stride, scratch, rows, weight.in_features); }
-  QuantizedRows quantized() const { return QuantizedRows::at(scratch, rows, weight.in_features); }
+  FloatRows floats() const { return FloatRows::in(values, stride, scratch, rows, weight.in_features); }
+  QuantizedRows quantized() const { return QuantizedRows::in(scratch, rows, weight.in_features); }
 
   // Whether prepare() has to be called for every row before it is multiplied.
   bool are_prepared() const { return weight.quantized || FloatRows::kPrepared; }

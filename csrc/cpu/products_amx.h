@@ -8,25 +8,20 @@
 // (Henry, Tang and Heinecke, arXiv 1904.06376). TDPBF16PS adds the products up in float, so a result is as
 // exact as an FMA's; but it takes subnormal numbers, in and out, as 0.
 
-// clang-format off
-#include "cpu/vec_math.h"
 #include "cpu/multiply_tile.h"
-#include "cpu/quantize_rows.h"
-// clang-format on
+#include "cpu/vec_math.h"
 
 // A strip is up to kStripRows rows, two tiles of inputs, and meets two tiles of weights, a panel's width:
 // each tile that is loaded takes part in two products at least.
 //     tiles 0 to 3: sums, row by row; 4 and 5: inputs; 6 and 7: weights
+// Inputs lie as tiles, one after the other, so that reading a strip is reading memory in order.
 constexpr int64_t kTileRowsMost = 16;
 static_assert(kStripRows == 2 * kTileRowsMost && kPanelWidth == 2 * kTileRowsMost);
 
-// Four strips: they share what it costs to split a block of weights.
+// Four strips share what it costs to read a panel.
 constexpr int64_t kUnitRows = 4 * kStripRows;
 constexpr int64_t kQueryRows = kStripRows;
-
-// A strip's products of so many inputs are added up in tiles before the sums go to memory. The weights of as
-// many, split, take half of the first-level cache.
-constexpr int64_t kSplitDepth = 128;
+constexpr int64_t kRowStep = kTileRowsMost;
 
 // Of one tile: inputs in bytes and in bfloat16.
 constexpr int64_t kTileBytes = 64;
@@ -56,7 +51,8 @@ PACKEDBERT_INLINE void multiply_bytes() {
   __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kInputs), "i"(kWeights));
 }
 
-// The operand of LDTILECFG (Intel SDM): the shape of each tile.
+// The operand of LDTILECFG (Intel SDM): the shape of each tile. All have all rows: those that there are no
+// inputs for cost little, as long as there are many others.
 struct TileShapes {
   uint8_t palette;
   uint8_t start_row;
@@ -64,62 +60,31 @@ struct TileShapes {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
+alignas(64) inline constexpr TileShapes kTileShapes = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 static_assert(sizeof(TileShapes) == 64);
-
-// `count` rows as strips of `rows` each, the last of which may go beyond them.
-struct Strips {
-  int64_t rows;
-  int64_t top;  // in tiles 0, 1 and 4; the rest in 2, 3 and 5
-
-  explicit Strips(int64_t count) : rows(ceil_div(count, ceil_div(count, kStripRows))) {
-    top = rows <= kTileRowsMost ? rows : ceil_div(rows, 2);
-  }
-  bool two() const { return rows > top; }
-};
-
-// The rows of the strips that this thread's tiles are shaped for; 0: for none.
-inline thread_local int64_t shaped_rows = 0;
-
-inline void shape_tiles(const Strips& strips) {
-  if (shaped_rows == strips.rows) return;
-  shaped_rows = strips.rows;
-  alignas(64) TileShapes shapes{};
-  shapes.palette = 1;
-  const auto shape = [&](int tile, int64_t rows) {
-    shapes.row_bytes[tile] = static_cast<uint16_t>(kTileBytes);
-    shapes.rows[tile] = static_cast<uint8_t>(rows);
-  };
-  const int64_t bottom = strips.two() ? strips.rows - strips.top : 1;
-  constexpr int kTop[] = {0, 1, 4}, kBottom[] = {2, 3, 5}, kWeights[] = {6, 7};
-  for (const int tile : kTop) shape(tile, strips.top);
-  for (const int tile : kBottom) shape(tile, bottom);
-  for (const int tile : kWeights) shape(tile, kTileRowsMost);
-  __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
-}
-
-// The thread gives its tiles back: as long as they hold something they are saved at every switch of threads.
-struct ProductScope {
-  ~ProductScope() {
-    if (shaped_rows != 0) __asm__ volatile("tilerelease");
-    shaped_rows = 0;
-  }
-};
 
 // ------------------------------------------------------------------------------------------------- in float
 
-// x = high + middle + low, each a bfloat16, which is the upper half of a float. Cutting off, not rounding,
-// never overflows, and leaves 16 bits of the first difference and 8 of the second: both are exact.
+// x = high + middle + low, each a bfloat16, which is the upper half of a float: these are the upper halves of
+// the three. Rounded to 8 bits, halves away from 0, the difference from x has 16 bits, and the next one 8:
+// both are exact. (Cut off instead, the products that are left out would all have the sign of x y.)
 struct Split {
   __m512i high;
   __m512i middle;
   __m512i low;
 
   explicit PACKEDBERT_INLINE Split(__m512 x) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
-    high = _mm512_castps_si512(x);
-    const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(high, upper)));
-    middle = _mm512_castps_si512(rest);
-    low = _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_and_si512(middle, upper))));
+    high = rounded(x);
+    const __m512 rest = _mm512_sub_ps(x, value(high));
+    middle = rounded(rest);
+    low = _mm512_castps_si512(_mm512_sub_ps(rest, value(middle)));
+  }
+  static PACKEDBERT_INLINE __m512i rounded(__m512 x) {
+    return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+  }
+  static PACKEDBERT_INLINE __m512 value(__m512i upper) {
+    return _mm512_castsi512_ps(_mm512_and_si512(upper, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
   }
 };
 
@@ -129,45 +94,44 @@ struct FloatRows {
 
   const float* values;
   int64_t stride;
-  int32_t* damaged;  // [rows]: 1 where a row has a NaN or an infinity
-  uint16_t* planes;  // [rows, kPlanes, split_stride]
-  int64_t plane_stride;
+  int32_t* damaged;  // [rows]: 1 where a row has a NaN or an infinity, also after rounding
+  uint16_t* planes;  // [tiles of rows, steps, kPlanes, kTileRowsMost, kTileHalves]
+  int64_t tile_size;
 
   static constexpr int64_t size(int64_t rows, int64_t in_features) {
     return split_rows_size(rows, in_features);
   }
-  static FloatRows at(
+  static FloatRows in(
       const float* values, int64_t stride, float* scratch, int64_t rows, int64_t in_features) {
     if (!scratch) return {values, stride, nullptr, nullptr, 0};
     return {values, stride, reinterpret_cast<int32_t*>(scratch),
-            reinterpret_cast<uint16_t*>(scratch + whole_lines(rows)), split_stride(in_features)};
+            reinterpret_cast<uint16_t*>(scratch + whole_lines(rows)),
+            ceil_div(in_features, kTileHalves) * kPlanes * kTileRowsMost * kTileHalves};
   }
-  int64_t row_stride() const { return kPlanes * plane_stride; }
 
   void prepare(int64_t row, int64_t in_features) const {
     if (!planes) return;
     const float* x = values + row * stride;
-    uint16_t* to = planes + row * row_stride();
+    uint16_t* to = planes + row / kTileRowsMost * tile_size + row % kTileRowsMost * kTileHalves;
     // The upper halves of two vectors, the first one's first.
     alignas(64) static constexpr uint16_t order[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                        23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
                                                        45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    constexpr int64_t kTile = kTileRowsMost * kTileHalves;
     const __m512i odd = _mm512_load_si512(order);
     Vec damage = Vec::zero();
-    for (int64_t i = 0; i < in_features; i += kTileHalves) {
+    for (int64_t i = 0; i < in_features; i += kTileHalves, to += kPlanes * kTile) {
       const int64_t left = in_features - i;
       const auto load = [&](int64_t j) PACKEDBERT_INLINE_LAMBDA {
         if (left >= kTileHalves) return Vec::load(x + i + j);
         return left > j ? Vec::load_partial(x + i + j, smaller(Vec::kWidth, left - j)) : Vec::zero();
       };
-      const Vec first = load(0);
-      const Vec second = load(Vec::kWidth);
-      damage = fma(Vec::zero(), first + second, damage);
-      const Split a(first.value);
-      const Split b(second.value);
-      _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(a.high, odd, b.high));
-      _mm512_storeu_si512(to + plane_stride + i, _mm512_permutex2var_epi16(a.middle, odd, b.middle));
-      _mm512_storeu_si512(to + 2 * plane_stride + i, _mm512_permutex2var_epi16(a.low, odd, b.low));
+      const Split a(load(0).value);
+      const Split b(load(Vec::kWidth).value);
+      damage = fma(Vec::zero(), Vec{Split::value(a.high)} + Vec{Split::value(b.high)}, damage);
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a.high, odd, b.high));
+      _mm512_storeu_si512(to + kTile, _mm512_permutex2var_epi16(a.middle, odd, b.middle));
+      _mm512_storeu_si512(to + 2 * kTile, _mm512_permutex2var_epi16(a.low, odd, b.low));
     }
     damaged[row] = sum_of_lanes(damage) == 0.0f ? 0 : 1;
   }
@@ -175,33 +139,62 @@ struct FloatRows {
 
 // The weights of a step, kTileHalves inputs, split: [kPlanes, two tiles], a row of which has 16 columns'
 // pairs of inputs.
-constexpr int64_t kStepHalves = kPlanes * kTileHalves * kPanelWidth;
+constexpr int64_t kTileSize = kTileRowsMost * kTileHalves;
+constexpr int64_t kStepSize = kPlanes * 2 * kTileSize;
 
-// to [steps, kStepHalves] = panel [depth, kPanelWidth], depth <= kSplitDepth; zero beyond it.
-inline void split_weights(const float* panel, int64_t depth, uint16_t* to) {
-  const __mmask32 odd = 0xaaaaaaaa;
-  for (int64_t k = 0; k < depth; k += 2) {
-    uint16_t* step = to + k / kTileHalves * kStepHalves + k % kTileHalves / 2 * kTileHalves;
+// So many inputs are added up in tiles. Longer sums are taken in blocks, each of which is rounded for itself,
+// and so is what fits the second-level cache with the inputs: one block, and the next one.
+constexpr int64_t kSplitDepth = 768;
+constexpr int64_t kSplitSize = kSplitDepth / kTileHalves * kStepSize;
+
+// A block of weights that is being split, a few pairs of inputs at a time.
+struct WeightSplitter {
+  const float* from = nullptr;  // [depth, kPanelWidth]; null: there is none
+  int64_t depth = 0;
+  uint16_t* to = nullptr;  // [steps, kStepSize], zero beyond depth
+  int64_t next = 0;        // input
+  int64_t end = 0;         // depth up to the next step
+
+  WeightSplitter() = default;
+  WeightSplitter(const float* from, int64_t depth, uint16_t* to)
+      : from(from), depth(depth), to(to), end(ceil_div(depth, kTileHalves) * kTileHalves) {}
+
+  PACKEDBERT_INLINE void split_pair() {
+    uint16_t* row = to + next / kTileHalves * kStepSize + next % kTileHalves * (kTileHalves / 2);
+    const float* pair = from + next * kPanelWidth;
     PACKEDBERT_UNROLL
-    for (int64_t half = 0; half < 2; ++half) {
-      const float* from = panel + k * kPanelWidth + half * Vec::kWidth;
-      const Split a(_mm512_loadu_ps(from));
-      const Split b(k + 1 < depth ? _mm512_loadu_ps(from + kPanelWidth) : _mm512_setzero_ps());
+    for (int64_t half = 0; half < 2; ++half, pair += Vec::kWidth) {
+      const Split a(next < depth ? _mm512_loadu_ps(pair) : _mm512_setzero_ps());
+      const Split b(next + 1 < depth ? _mm512_loadu_ps(pair + kPanelWidth) : _mm512_setzero_ps());
       const auto store = [&](int64_t plane, __m512i first, __m512i second) PACKEDBERT_INLINE_LAMBDA {
-        uint16_t* tile = step + (plane * 2 + half) * kTileRowsMost * kTileHalves;
-        _mm512_storeu_si512(tile, _mm512_mask_blend_epi16(odd, _mm512_srli_epi32(first, 16), second));
+        _mm512_storeu_si512(row + (plane * 2 + half) * kTileSize,
+                            _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second));
       };
       store(0, a.high, b.high);
       store(1, a.middle, b.middle);
       store(2, a.low, b.low);
     }
+    next += 2;
   }
-  for (int64_t k = (depth + 1) / 2 * 2; k % kTileHalves != 0; k += 2) {
-    uint16_t* step = to + k / kTileHalves * kStepHalves + k % kTileHalves / 2 * kTileHalves;
-    for (int64_t tile = 0; tile < 2 * kPlanes; ++tile)
-      _mm512_storeu_si512(step + tile * kTileRowsMost * kTileHalves, _mm512_setzero_si512());
+  PACKEDBERT_INLINE void advance(int64_t pairs) {
+    for (int64_t i = 0; i < pairs && next < end; ++i) split_pair();
   }
-}
+  void finish() {
+    while (next < end) split_pair();
+  }
+};
+
+// To be alive on a thread while it multiplies.
+struct ProductScope {
+  ProductScope() { __asm__ volatile("ldtilecfg %0" : : "m"(kTileShapes)); }
+  // As long as tiles hold something they are saved at every switch of threads.
+  ~ProductScope() { __asm__ volatile("tilerelease"); }
+
+  // The block of weights that is split, and the place for the next one.
+  const float* block = nullptr;
+  int turn = 0;
+  alignas(64) uint16_t weights[2][kSplitSize];
+};
 
 template <int kFirst>
 PACKEDBERT_INLINE void load_tiles(const void* first, const void* second, int64_t stride) {
@@ -209,45 +202,32 @@ PACKEDBERT_INLINE void load_tiles(const void* first, const void* second, int64_t
   load_tile<kFirst + 1>(second, stride);
 }
 
-// sums [rows of a strip, kPanelWidth] = inputs weights, or += with `add`.
-//   inputs: the planes of its first row; weights [steps, kStepHalves]; prefetch: so many lines a step.
+// sums [rows of a strip, kPanelWidth] = inputs weights.
+//   inputs: its first tile, and with kTwo `below` more the second one; weights [steps, kStepSize]
+// Meanwhile, in the shadow of the products, `pairs` of the next weights are split after every product.
 template <bool kTwo>
 inline void multiply_split_strip(const uint16_t* inputs,
-                                 const FloatRows& rows,
-                                 int64_t top,
+                                 int64_t below,
                                  const uint16_t* weights,
                                  int64_t steps,
-                                 bool add,
                                  float* sums,
                                  int64_t sums_stride,
-                                 const char* ahead,
-                                 int64_t lines) {
-  const int64_t stride = rows.row_stride() * 2;
-  const int64_t plane = rows.plane_stride;
-  const int64_t below = top * rows.row_stride();
-  const int64_t to_stride = sums_stride * 4;
-  if (add) {
-    load_tiles<0>(sums, sums + Vec::kWidth, to_stride);
-    if constexpr (kTwo) {
-      load_tiles<2>(sums + top * sums_stride, sums + top * sums_stride + Vec::kWidth, to_stride);
-    }
-  } else {
-    zero_tile<0>(), zero_tile<1>();
-    if constexpr (kTwo) zero_tile<2>(), zero_tile<3>();
-  }
-  for (int64_t step = 0; step < steps; ++step, inputs += kTileHalves, weights += kStepHalves) {
-    for (int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    const auto load_inputs = [&](int64_t which) PACKEDBERT_INLINE_LAMBDA {
-      load_tile<4>(inputs + which * plane, stride);
-      if constexpr (kTwo) load_tile<5>(inputs + which * plane + below, stride);
+                                 WeightSplitter& splitter,
+                                 int64_t pairs) {
+  zero_tile<0>(), zero_tile<1>();
+  if constexpr (kTwo) zero_tile<2>(), zero_tile<3>();
+  for (int64_t step = 0; step < steps; ++step, inputs += kPlanes * kTileSize, weights += kStepSize) {
+    const auto load_inputs = [&](int64_t plane) PACKEDBERT_INLINE_LAMBDA {
+      load_tile<4>(inputs + plane * kTileSize, kTileBytes);
+      if constexpr (kTwo) load_tile<5>(inputs + below + plane * kTileSize, kTileBytes);
     };
-    const auto load_weights = [&](int64_t which) PACKEDBERT_INLINE_LAMBDA {
-      const uint16_t* from = weights + which * 2 * kTileRowsMost * kTileHalves;
-      load_tiles<6>(from, from + kTileRowsMost * kTileHalves, kTileBytes);
+    const auto load_weights = [&](int64_t plane) PACKEDBERT_INLINE_LAMBDA {
+      load_tiles<6>(weights + 2 * plane * kTileSize, weights + (2 * plane + 1) * kTileSize, kTileBytes);
     };
     const auto multiply = [&]() PACKEDBERT_INLINE_LAMBDA {
       multiply_halves<0, 4, 6>(), multiply_halves<1, 4, 7>();
       if constexpr (kTwo) multiply_halves<2, 5, 6>(), multiply_halves<3, 5, 7>();
+      splitter.advance(pairs);
     };
     // In this order one side stays in its tiles from each product to the next one.
     load_inputs(0), load_weights(2), multiply();
@@ -257,11 +237,10 @@ inline void multiply_split_strip(const uint16_t* inputs,
     load_inputs(2), multiply();
     load_inputs(0), multiply();
   }
-  store_tile<0>(sums, to_stride), store_tile<1>(sums + Vec::kWidth, to_stride);
-  if constexpr (kTwo) {
-    float* bottom = sums + top * sums_stride;
-    store_tile<2>(bottom, to_stride), store_tile<3>(bottom + Vec::kWidth, to_stride);
-  }
+  const int64_t bytes = sums_stride * 4;
+  float* bottom = sums + kTileRowsMost * sums_stride;
+  store_tile<0>(sums, bytes), store_tile<1>(sums + Vec::kWidth, bytes);
+  if constexpr (kTwo) store_tile<2>(bottom, bytes), store_tile<3>(bottom + Vec::kWidth, bytes);
 }
 
 // As in products_vector.h. Rows with a NaN or an infinity, which a difference would make a NaN at once, are
@@ -270,33 +249,62 @@ inline void multiply_floats(const FloatRows& rows,
                             int64_t first_row,
                             int64_t count,
                             const float* panel,
+                            const float* next_panel,
                             int64_t columns,
                             int64_t depth,
                             float* tile,
                             int64_t tile_stride,
-                            Prefetch ahead) {
+                            Prefetch /*ahead*/,
+                            ProductScope& scope) {
   const auto use_fma = [&](int64_t row, int64_t few) {
     multiply_tile(rows.values + (first_row + row) * rows.stride, rows.stride, few, panel, columns, depth,
                   tile + row * tile_stride, tile_stride, no_prefetch(panel));
   };
-  if (!rows.planes) {
+  if (!rows.planes || depth == 0) {
     for (int64_t row = 0; row < count; row += kTileRows) use_fma(row, smaller(kTileRows, count - row));
     return;
   }
-  alignas(64) uint16_t weights[kSplitDepth / kTileHalves * kStepHalves];
-  const Strips strips(count);
-  shape_tiles(strips);
-  const uint16_t* inputs = rows.planes + first_row * rows.row_stride();
-  const int64_t all_steps = ceil_div(depth, kTileHalves) * ceil_div(count, kStripRows);
-  const int64_t lines = all_steps == 0 ? 0 : depth / kPasses * ahead.bytes / 64 / all_steps;
-  for (int64_t k = 0; k < depth || k == 0; k += kSplitDepth) {
-    const int64_t block = smaller(kSplitDepth, depth - k);
-    const int64_t steps = ceil_div(block, kTileHalves);
-    split_weights(panel + k * kPanelWidth, block, weights);
-    for (int64_t row = 0; row < count; row += strips.rows, ahead.from += steps * lines * 64) {
-      const auto strip = strips.two() ? multiply_split_strip<true> : multiply_split_strip<false>;
-      strip(inputs + row * rows.row_stride() + k, rows, strips.top, weights, steps, k > 0,
-            tile + row * tile_stride, tile_stride, ahead.from, lines);
+  const uint16_t* inputs = rows.planes + first_row / kTileRowsMost * rows.tile_size;
+  const int64_t strips = ceil_div(count, kStripRows);
+  for (int64_t k = 0; k < depth; k += kSplitDepth) {
+    const int64_t block_depth = smaller(kSplitDepth, depth - k);
+    const int64_t steps = ceil_div(block_depth, kTileHalves);
+    const float* block = panel + k * kPanelWidth;
+    if (scope.block != block) WeightSplitter(block, block_depth, scope.weights[scope.turn]).finish();
+    scope.block = block;
+
+    const int64_t after = k + block_depth;
+    const float* next = after < depth ? panel + after * kPanelWidth : next_panel;
+    WeightSplitter splitter;
+    if (next && next != block) {
+      const int64_t next_depth = after < depth ? depth - after : depth;
+      splitter = WeightSplitter(next, smaller(kSplitDepth, next_depth), scope.weights[1 - scope.turn]);
+    }
+    constexpr int64_t kProducts = 6;
+    const int64_t pairs = ceil_div(splitter.end / 2, strips * steps * kProducts);
+    for (int64_t row = 0; row < count; row += kStripRows) {
+      alignas(64) float of_block[kStripRows * kPanelWidth];
+      const bool first = k == 0;
+      float* sums = tile + row * tile_stride;
+      const bool two = count - row > kTileRowsMost;
+      (two ? multiply_split_strip<true>
+           : multiply_split_strip<false>)(inputs + row / kTileRowsMost * rows.tile_size +
+                                              k * kPlanes * kTileRowsMost,
+                                          rows.tile_size, scope.weights[scope.turn], steps,
+                                          first ? sums : of_block, first ? tile_stride : kPanelWidth,
+                                          splitter, pairs);
+      const int64_t to_add = first ? 0 : smaller(kStripRows, count - row);
+      for (int64_t i = 0; i < to_add; ++i) {
+        for (int64_t j = 0; j < kPanelWidth; j += Vec::kWidth) {
+          float* sum = sums + i * tile_stride + j;
+          (Vec::load(sum) + Vec::load(of_block + i * kPanelWidth + j)).store(sum);
+        }
+      }
+    }
+    if (splitter.from) {
+      splitter.finish();
+      scope.block = splitter.from;
+      scope.turn = 1 - scope.turn;
     }
   }
   for (int64_t row = 0; row < count; ++row) {
@@ -306,13 +314,36 @@ inline void multiply_floats(const FloatRows& rows,
 
 // -------------------------------------------------------------------------------------------------- in int8
 
+// The inputs of a quantized matrix.
+struct QuantizedRows {
+  static_assert(sizeof(Dot::Input) == 1);
+
+  float* scale;         // [rows]
+  int32_t* zero_point;  // [rows]
+  Dot::Input* values;   // [tiles of rows, steps, kTileRowsMost, kTileBytes]
+  int64_t tile_size;
+
+  // In scratch memory of quantized_rows_size(rows, at least in_features) floats.
+  static QuantizedRows in(float* scratch, int64_t rows, int64_t in_features) {
+    return {scratch, reinterpret_cast<int32_t*>(scratch + rows),
+            reinterpret_cast<Dot::Input*>(scratch + whole_lines(2 * rows)),
+            ceil_div(in_features, kTileBytes) * kTileRowsMost * kTileBytes};
+  }
+  // The inputs from i on, a multiple of Vec::kWidth, up to the next one.
+  PACKEDBERT_INLINE Dot::Input* at(int64_t row, int64_t i) const {
+    return values + row / kTileRowsMost * tile_size + i / kTileBytes * kTileRowsMost * kTileBytes +
+           row % kTileRowsMost * kTileBytes + i % kTileBytes;
+  }
+};
+
+#include "cpu/quantize_rows.h"
+
 // sums [rows of a strip, kPanelWidth] of products of bytes.
-//   inputs: of its first row, with `stride` between rows; panel [steps, kTileRowsMost, kPanelWidth, kGroup];
-//   tail: another step of it, or null.
+//   inputs: its first tile, and with kTwo `below` more the second one; panel [steps, kTileRowsMost,
+//   kPanelWidth, kGroup]; tail: another step of it, or null; ahead: as above.
 template <bool kTwo>
 inline void multiply_byte_strip(const uint8_t* inputs,
-                                int64_t stride,
-                                int64_t top,
+                                int64_t below,
                                 const int8_t* panel,
                                 int64_t steps,
                                 const int8_t* tail,
@@ -321,14 +352,14 @@ inline void multiply_byte_strip(const uint8_t* inputs,
                                 int64_t lines) {
   constexpr int64_t kPanelRow = kPanelWidth * kGroup;
   const auto multiply = [&](const int8_t* weights) PACKEDBERT_INLINE_LAMBDA {
-    load_tile<4>(inputs, stride);
+    load_tile<4>(inputs, kTileBytes);
     load_tiles<6>(weights, weights + kPanelRow / 2, kPanelRow);
     multiply_bytes<0, 4, 6>(), multiply_bytes<1, 4, 7>();
     if constexpr (kTwo) {
-      load_tile<5>(inputs + top * stride, stride);
+      load_tile<5>(inputs + below, kTileBytes);
       multiply_bytes<2, 5, 6>(), multiply_bytes<3, 5, 7>();
     }
-    inputs += kTileBytes;
+    inputs += kTileRowsMost * kTileBytes;
   };
   zero_tile<0>(), zero_tile<1>();
   if constexpr (kTwo) zero_tile<2>(), zero_tile<3>();
@@ -338,11 +369,9 @@ inline void multiply_byte_strip(const uint8_t* inputs,
   }
   if (tail) multiply(tail);
   constexpr int64_t kStride = kPanelWidth * 4;
+  int32_t* bottom = sums + kTileRowsMost * kPanelWidth;
   store_tile<0>(sums, kStride), store_tile<1>(sums + Vec::kWidth, kStride);
-  if constexpr (kTwo) {
-    int32_t* bottom = sums + top * kPanelWidth;
-    store_tile<2>(bottom, kStride), store_tile<3>(bottom + Vec::kWidth, kStride);
-  }
+  if constexpr (kTwo) store_tile<2>(bottom, kStride), store_tile<3>(bottom + Vec::kWidth, kStride);
 }
 
 // As in multiply_quantized.h, for up to kUnitRows rows.
@@ -357,12 +386,9 @@ inline void multiply_quantized_panel(const QuantizedRows& rows,
                                      float* tile,
                                      int64_t tile_stride,
                                      Prefetch ahead) {
-  static_assert(sizeof(Dot::Input) == 1);
   constexpr int64_t kStepBytesOfPanel = kTileRowsMost * kPanelWidth * kGroup;
   alignas(64) int32_t sums[kStripRows * kPanelWidth];
   alignas(64) int8_t last[kStepBytesOfPanel];
-  const Strips strips(count);
-  shape_tiles(strips);
   const int64_t steps = groups / kTileRowsMost;
   const int64_t left = groups % kTileRowsMost * kPanelWidth * kGroup;
   if (left > 0) {
@@ -373,11 +399,13 @@ inline void multiply_quantized_panel(const QuantizedRows& rows,
   }
   const int64_t all_steps = steps * ceil_div(count, kStripRows);
   const int64_t lines = all_steps == 0 ? 0 : groups * ahead.bytes / 64 / all_steps;
-  const auto strip = strips.two() ? multiply_byte_strip<true> : multiply_byte_strip<false>;
-  for (int64_t row = 0; row < count; row += strips.rows, ahead.from += steps * lines * 64) {
-    strip(rows.values + (first_row + row) * rows.stride, rows.stride, strips.top, panel, steps,
-          left > 0 ? last : nullptr, sums, ahead.from, lines);
-    const int64_t end = smaller(count, row + strips.rows);
+  for (int64_t row = 0; row < count; row += kStripRows, ahead.from += steps * lines * 64) {
+    const bool two = count - row > kTileRowsMost;
+    (two ? multiply_byte_strip<true>
+         : multiply_byte_strip<false>)(rows.values + (first_row + row) / kTileRowsMost * rows.tile_size,
+                                       rows.tile_size, panel, steps, left > 0 ? last : nullptr, sums,
+                                       ahead.from, lines);
+    const int64_t end = smaller(count, row + kStripRows);
     for (int64_t i = row; i < end; ++i) {
       const __m512i shift = _mm512_set1_epi32(-rows.zero_point[first_row + i]);
       const Vec row_scale = Vec::broadcast(rows.scale[first_row + i]);

@@ -1,23 +1,9 @@
 // Quantization of inputs, over Vec and Dot. Included inside the namespace and the target region of one
-// instruction set, after its dot_*.h and multiply_tile.h.
+// instruction set, after its QuantizedRows (products_*.h).
 //
 // A row x of inputs becomes integers q, 0 <= q <= 255, a scale and a zero point, with x ~ (q - zero_point) *
 // scale: asymmetric, since what GELU puts out is. Products and their sums are exact, so every instruction set
 // has the same; so are the integers themselves, each of whose roundings is one IEEE 754 operation.
-
-// The inputs of a quantized matrix.
-struct QuantizedRows {
-  float* scale;         // [rows]
-  int32_t* zero_point;  // [rows]
-  Dot::Input* values;   // [rows, in_features up to the next full Vec] with `stride` between rows
-  int64_t stride;
-
-  // In scratch memory of quantized_rows_size(rows, at least in_features) floats.
-  static QuantizedRows at(float* scratch, int64_t rows, int64_t in_features) {
-    return {scratch, reinterpret_cast<int32_t*>(scratch + rows),
-            reinterpret_cast<Dot::Input*>(scratch + whole_lines(2 * rows)), quantized_stride(in_features)};
-  }
-};
 
 // The smallest scale: its inverse is finite.
 constexpr float kMinScale = 0x1p-126f;
@@ -41,9 +27,9 @@ inline void quantize_row(
     high = max(high, value);
     damage = fma(Vec::zero(), value, damage);
   }
-  Dot::Input* values = to.values + row * to.stride;
   if (sum_of_lanes(damage) != 0.0f) {
-    for (int64_t i = 0; i < size; i += Vec::kWidth) Dot::store_inputs(Vec::zero(), Vec::zero(), values + i);
+    for (int64_t i = 0; i < size; i += Vec::kWidth)
+      Dot::store_inputs(Vec::zero(), Vec::zero(), to.at(row, i));
     to.scale[row] = __builtin_nanf("");
     to.zero_point[row] = 0;
     return;
@@ -58,7 +44,7 @@ inline void quantize_row(
   const Vec most = Vec::broadcast(255.0f) - zero_point;
   const Vec factor = Vec::broadcast(inverse);
   for (int64_t i = 0; i < size; i += Vec::kWidth)
-    Dot::store_inputs(max(min(round(load(i) * factor), most), least), zero_point, values + i);
+    Dot::store_inputs(max(min(round(load(i) * factor), most), least), zero_point, to.at(row, i));
   to.scale[row] = scale;
   to.zero_point[row] = static_cast<int32_t>(first_lane(zero_point));
 }

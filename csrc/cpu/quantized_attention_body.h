@@ -87,7 +87,8 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
                                   const float* queries,
                                   int64_t rows,
                                   float* context,
-                                  int64_t context_stride) {
+                                  int64_t context_stride,
+                                  ProductScope& /*scope*/) {
   static_assert(kMaxQuantizedHead <= kKeyBlock);
   alignas(64) static constexpr float ones[kPanelWidth] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                                           1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -111,7 +112,7 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
     const bool last = key + keys == length;
     const int64_t slot = first_slot + key;
 
-    const QuantizedRows quantized_queries = QuantizedRows::at(scratch, kQueryRows, size);
+    const QuantizedRows quantized_queries = QuantizedRows::in(scratch, kQueryRows, size);
     for (int64_t row = 0; row < rows; ++row)
       quantize_row(queries + row * in.query_stride, nullptr, size, quantized_queries, row);
     for (int64_t k = 0; k < keys; k += kPanelWidth) {
@@ -126,7 +127,7 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
     float largest = value_scale[0];
     for (int64_t k = 1; k < keys; ++k) largest = value_scale[k] <= largest ? largest : value_scale[k];
     for (int64_t k = 0; k < keys; ++k) largest += 0.0f * value_scale[k];
-    const QuantizedRows probabilities = QuantizedRows::at(scratch, kQueryRows, kKeyBlock);
+    const QuantizedRows probabilities = QuantizedRows::in(scratch, kQueryRows, kKeyBlock);
     const Vec factor = Vec::broadcast(255.0f / largest);
     const Vec limit = Vec::broadcast(255.0f);
     for (int64_t row = 0; row < rows; ++row) {
@@ -134,13 +135,12 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
       correction[row] = exponentiate(score, keys, scale, first, &maximum[row], &sum[row]);
       probabilities.scale[row] = largest / 255.0f;
       probabilities.zero_point[row] = 0;
-      Dot::Input* to = probabilities.values + row * probabilities.stride;
       for (int64_t k = 0; k < keys; k += Vec::kWidth) {
         const int64_t left = keys - k;
         const Vec s =
             left < Vec::kWidth ? Vec::load_partial(value_scale + k, left) : Vec::load(value_scale + k);
         const Vec p = round(Vec::load(score + k) * (s * factor));
-        Dot::store_inputs(max(min(p, limit), Vec::zero()), Vec::zero(), to + k);
+        Dot::store_inputs(max(min(p, limit), Vec::zero()), Vec::zero(), probabilities.at(row, k));
       }
     }
     for (int64_t panel = 0; panel < panel_count(size); ++panel) {
