@@ -67,24 +67,25 @@ static_assert(sizeof(TileShapes) == 64);
 // ------------------------------------------------------------------------------------------------- in float
 
 // x = high + middle + low, each a bfloat16, which is the upper half of a float: these are the upper halves of
-// the three. Rounded to 8 bits, halves away from 0, the difference from x has 16 bits, and the next one 8:
-// both are exact. (Cut off instead, the products that are left out would all have the sign of x y.)
+// the three. The first is rounded (halves away from 0), so that what it leaves has 16 bits and either sign;
+// the second is cut off, and leaves 8. All is exact. Were the first one cut off too, the products that are
+// left out would all have the sign of x y.
 struct Split {
   __m512i high;
   __m512i middle;
   __m512i low;
 
   explicit PACKEDBERT_INLINE Split(__m512 x) {
-    high = rounded(x);
+    high = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
     const __m512 rest = _mm512_sub_ps(x, value(high));
-    middle = rounded(rest);
+    middle = _mm512_castps_si512(rest);
     low = _mm512_castps_si512(_mm512_sub_ps(rest, value(middle)));
   }
-  static PACKEDBERT_INLINE __m512i rounded(__m512 x) {
-    return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+  static PACKEDBERT_INLINE __m512i upper_halves() {
+    return _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
   }
   static PACKEDBERT_INLINE __m512 value(__m512i upper) {
-    return _mm512_castsi512_ps(_mm512_and_si512(upper, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+    return _mm512_castsi512_ps(_mm512_and_si512(upper, upper_halves()));
   }
 };
 
@@ -142,105 +143,143 @@ struct FloatRows {
 constexpr int64_t kTileSize = kTileRowsMost * kTileHalves;
 constexpr int64_t kStepSize = kPlanes * 2 * kTileSize;
 
-// So many inputs are added up in tiles. Longer sums are taken in blocks, each of which is rounded for itself,
-// and so is what fits the second-level cache with the inputs: one block, and the next one.
-constexpr int64_t kSplitDepth = 768;
-constexpr int64_t kSplitSize = kSplitDepth / kTileHalves * kStepSize;
-
-// A block of weights that is being split, a few pairs of inputs at a time.
-struct WeightSplitter {
-  const float* from = nullptr;  // [depth, kPanelWidth]; null: there is none
-  int64_t depth = 0;
-  uint16_t* to = nullptr;  // [steps, kStepSize], zero beyond depth
-  int64_t next = 0;        // input
-  int64_t end = 0;         // depth up to the next step
-
-  WeightSplitter() = default;
-  WeightSplitter(const float* from, int64_t depth, uint16_t* to)
-      : from(from), depth(depth), to(to), end(ceil_div(depth, kTileHalves) * kTileHalves) {}
-
-  PACKEDBERT_INLINE void split_pair() {
-    uint16_t* row = to + next / kTileHalves * kStepSize + next % kTileHalves * (kTileHalves / 2);
-    const float* pair = from + next * kPanelWidth;
-    PACKEDBERT_UNROLL
-    for (int64_t half = 0; half < 2; ++half, pair += Vec::kWidth) {
-      const Split a(next < depth ? _mm512_loadu_ps(pair) : _mm512_setzero_ps());
-      const Split b(next + 1 < depth ? _mm512_loadu_ps(pair + kPanelWidth) : _mm512_setzero_ps());
-      const auto store = [&](int64_t plane, __m512i first, __m512i second) PACKEDBERT_INLINE_LAMBDA {
-        _mm512_storeu_si512(row + (plane * 2 + half) * kTileSize,
-                            _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second));
-      };
-      store(0, a.high, b.high);
-      store(1, a.middle, b.middle);
-      store(2, a.low, b.low);
-    }
-    next += 2;
-  }
-  PACKEDBERT_INLINE void advance(int64_t pairs) {
-    for (int64_t i = 0; i < pairs && next < end; ++i) split_pair();
-  }
-  void finish() {
-    while (next < end) split_pair();
-  }
-};
-
 // To be alive on a thread while it multiplies.
 struct ProductScope {
   ProductScope() { __asm__ volatile("ldtilecfg %0" : : "m"(kTileShapes)); }
   // As long as tiles hold something they are saved at every switch of threads.
   ~ProductScope() { __asm__ volatile("tilerelease"); }
 
-  // The block of weights that is split, and the place for the next one.
-  const float* block = nullptr;
+  // Weights of one step, split, and the place for those of the next.
+  alignas(64) uint16_t weights[2][kStepSize];
   int turn = 0;
-  alignas(64) uint16_t weights[2][kSplitSize];
+  const float* ready = nullptr;  // whose weights are in weights[turn]
 };
 
-template <int kFirst>
-PACKEDBERT_INLINE void load_tiles(const void* first, const void* second, int64_t stride) {
-  load_tile<kFirst>(first, stride);
-  load_tile<kFirst + 1>(second, stride);
-}
+// The weights of a step on their way into tiles.
+struct StepSplitter {
+  const float* from;  // [inputs, kPanelWidth]; null: there are none
+  int64_t inputs;     // kTileHalves, or fewer: the others are 0
+  uint16_t* to;       // [kStepSize]
 
-// sums [rows of a strip, kPanelWidth] = inputs weights.
-//   inputs: its first tile, and with kTwo `below` more the second one; weights [steps, kStepSize]
-// Meanwhile, in the shadow of the products, `pairs` of the next weights are split after every product.
+  // Of a pair of inputs.
+  static PACKEDBERT_INLINE void split(__m512 x, __m512 y, uint16_t* row) {
+    const Split a(x);
+    const Split b(y);
+    const auto store = [&](int64_t plane, __m512i first, __m512i second) PACKEDBERT_INLINE_LAMBDA {
+      constexpr int kFirstOrUpperSecond = 0xf8;  // a | (b & c)
+      _mm512_store_si512(row + plane * 2 * kTileSize,
+                         _mm512_ternarylogic_epi32(_mm512_srli_epi32(first, 16), second,
+                                                   Split::upper_halves(), kFirstOrUpperSecond));
+    };
+    store(0, a.high, b.high);
+    store(1, a.middle, b.middle);
+    store(2, a.low, b.low);
+  }
+
+  // Pairs [kBegin, kEnd).
+  template <int kBegin, int kEnd>
+  PACKEDBERT_INLINE void split_pairs() const {
+    if (inputs == kTileHalves) {
+      PACKEDBERT_UNROLL
+      for (int64_t pair = kBegin; pair < kEnd; ++pair) {
+        PACKEDBERT_UNROLL
+        for (int64_t half = 0; half < 2; ++half) {
+          const float* x = from + 2 * pair * kPanelWidth + half * Vec::kWidth;
+          split(_mm512_loadu_ps(x), _mm512_loadu_ps(x + kPanelWidth),
+                to + half * kTileSize + pair * kTileHalves);
+        }
+      }
+    } else if (from) {
+      split_last_pairs(kBegin, kEnd);
+    }
+  }
+  void split_last_pairs(int64_t begin, int64_t end) const {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      for (int64_t half = 0; half < 2; ++half) {
+        const float* x = from + 2 * pair * kPanelWidth + half * Vec::kWidth;
+        split(2 * pair < inputs ? _mm512_loadu_ps(x) : _mm512_setzero_ps(),
+              2 * pair + 1 < inputs ? _mm512_loadu_ps(x + kPanelWidth) : _mm512_setzero_ps(),
+              to + half * kTileSize + pair * kTileHalves);
+      }
+    }
+  }
+};
+
+// A strip's inputs: the first tile, and `below` more, if there are two, the second one.
+struct Strip {
+  const uint16_t* inputs;
+  int64_t below;
+};
+
 template <bool kTwo>
-inline void multiply_split_strip(const uint16_t* inputs,
-                                 int64_t below,
-                                 const uint16_t* weights,
-                                 int64_t steps,
-                                 float* sums,
-                                 int64_t sums_stride,
-                                 WeightSplitter& splitter,
-                                 int64_t pairs) {
+PACKEDBERT_INLINE void zero_sums() {
   zero_tile<0>(), zero_tile<1>();
   if constexpr (kTwo) zero_tile<2>(), zero_tile<3>();
-  for (int64_t step = 0; step < steps; ++step, inputs += kPlanes * kTileSize, weights += kStepSize) {
-    const auto load_inputs = [&](int64_t plane) PACKEDBERT_INLINE_LAMBDA {
-      load_tile<4>(inputs + plane * kTileSize, kTileBytes);
-      if constexpr (kTwo) load_tile<5>(inputs + below + plane * kTileSize, kTileBytes);
-    };
-    const auto load_weights = [&](int64_t plane) PACKEDBERT_INLINE_LAMBDA {
-      load_tiles<6>(weights + 2 * plane * kTileSize, weights + (2 * plane + 1) * kTileSize, kTileBytes);
-    };
-    const auto multiply = [&]() PACKEDBERT_INLINE_LAMBDA {
-      multiply_halves<0, 4, 6>(), multiply_halves<1, 4, 7>();
-      if constexpr (kTwo) multiply_halves<2, 5, 6>(), multiply_halves<3, 5, 7>();
-      splitter.advance(pairs);
-    };
-    // In this order one side stays in its tiles from each product to the next one.
-    load_inputs(0), load_weights(2), multiply();
-    load_weights(1), multiply();
-    load_inputs(1), multiply();
-    load_weights(0), multiply();
-    load_inputs(2), multiply();
-    load_inputs(0), multiply();
+}
+template <bool kTwo>
+PACKEDBERT_INLINE void store_sums(void* sums, int64_t row_bytes) {
+  char* top = static_cast<char*>(sums);
+  char* bottom = top + kTileRowsMost * row_bytes;
+  store_tile<0>(top, row_bytes), store_tile<1>(top + kTileBytes, row_bytes);
+  if constexpr (kTwo) store_tile<2>(bottom, row_bytes), store_tile<3>(bottom + kTileBytes, row_bytes);
+}
+
+// sums += inputs weights, of one step. Meanwhile, in the shadow of the products, the next weights are split.
+template <bool kTwo>
+PACKEDBERT_INLINE void multiply_step(const Strip& strip, const uint16_t* weights, const StepSplitter& next) {
+  const auto load_inputs = [&](int64_t plane) PACKEDBERT_INLINE_LAMBDA {
+    load_tile<4>(strip.inputs + plane * kTileSize, kTileBytes);
+    if constexpr (kTwo) load_tile<5>(strip.inputs + strip.below + plane * kTileSize, kTileBytes);
+  };
+  const auto load_weights = [&](int64_t plane) PACKEDBERT_INLINE_LAMBDA {
+    load_tile<6>(weights + 2 * plane * kTileSize, kTileBytes);
+    load_tile<7>(weights + (2 * plane + 1) * kTileSize, kTileBytes);
+  };
+  const auto multiply = [&]() PACKEDBERT_INLINE_LAMBDA {
+    multiply_halves<0, 4, 6>(), multiply_halves<1, 4, 7>();
+    if constexpr (kTwo) multiply_halves<2, 5, 6>(), multiply_halves<3, 5, 7>();
+  };
+  // In this order one side stays in its tiles from each product to the next one.
+  static_assert(kTileRowsMost == 16);
+  load_inputs(0), load_weights(2), multiply(), next.split_pairs<0, 3>();
+  load_weights(1), multiply(), next.split_pairs<3, 6>();
+  load_inputs(1), multiply(), next.split_pairs<6, 9>();
+  load_weights(0), multiply(), next.split_pairs<9, 12>();
+  load_inputs(2), multiply(), next.split_pairs<12, 14>();
+  load_inputs(0), multiply(), next.split_pairs<14, 16>();
+}
+
+// So many inputs are added up in tiles; longer sums in blocks, which rounds less.
+constexpr int64_t kSumDepth = 768;
+
+// sums [rows of a strip, kPanelWidth] = inputs panel^T, panel [depth, kPanelWidth], depth > 0.
+// The weights of a step are split while those of the one before are multiplied, so that they never leave the
+// first-level cache. Every strip does it anew: splitting them once, for all strips, was slower, because they
+// came from the second-level cache then.
+//   next: the weights after these, whose first step has next_inputs; or null.
+template <bool kTwo>
+void multiply_strip(Strip strip,
+                    const float* panel,
+                    int64_t depth,
+                    const float* next,
+                    int64_t next_inputs,
+                    float* sums,
+                    int64_t sums_stride,
+                    ProductScope& scope) {
+  int turn = scope.turn;
+  if (scope.ready != panel)
+    StepSplitter{panel, smaller(kTileHalves, depth), scope.weights[turn]}.split_last_pairs(0, kTileRowsMost);
+  zero_sums<kTwo>();
+  int64_t left = depth - kTileHalves;
+  for (; left > 0; left -= kTileHalves, turn = 1 - turn, strip.inputs += kPlanes * kTileSize) {
+    panel += kTileHalves * kPanelWidth;
+    multiply_step<kTwo>(strip, scope.weights[turn],
+                        {panel, smaller(kTileHalves, left), scope.weights[1 - turn]});
   }
-  const int64_t bytes = sums_stride * 4;
-  float* bottom = sums + kTileRowsMost * sums_stride;
-  store_tile<0>(sums, bytes), store_tile<1>(sums + Vec::kWidth, bytes);
-  if constexpr (kTwo) store_tile<2>(bottom, bytes), store_tile<3>(bottom + Vec::kWidth, bytes);
+  multiply_step<kTwo>(strip, scope.weights[turn], {next, next ? next_inputs : 0, scope.weights[1 - turn]});
+  store_sums<kTwo>(sums, sums_stride * 4);
+  scope.ready = next;
+  scope.turn = 1 - turn;
 }
 
 // As in products_vector.h. Rows with a NaN or an infinity, which a difference would make a NaN at once, are
@@ -264,47 +303,25 @@ inline void multiply_floats(const FloatRows& rows,
     for (int64_t row = 0; row < count; row += kTileRows) use_fma(row, smaller(kTileRows, count - row));
     return;
   }
-  const uint16_t* inputs = rows.planes + first_row / kTileRowsMost * rows.tile_size;
-  const int64_t strips = ceil_div(count, kStripRows);
-  for (int64_t k = 0; k < depth; k += kSplitDepth) {
-    const int64_t block_depth = smaller(kSplitDepth, depth - k);
-    const int64_t steps = ceil_div(block_depth, kTileHalves);
-    const float* block = panel + k * kPanelWidth;
-    if (scope.block != block) WeightSplitter(block, block_depth, scope.weights[scope.turn]).finish();
-    scope.block = block;
-
-    const int64_t after = k + block_depth;
-    const float* next = after < depth ? panel + after * kPanelWidth : next_panel;
-    WeightSplitter splitter;
-    if (next && next != block) {
-      const int64_t next_depth = after < depth ? depth - after : depth;
-      splitter = WeightSplitter(next, smaller(kSplitDepth, next_depth), scope.weights[1 - scope.turn]);
-    }
-    constexpr int64_t kProducts = 6;
-    const int64_t pairs = ceil_div(splitter.end / 2, strips * steps * kProducts);
-    for (int64_t row = 0; row < count; row += kStripRows) {
-      alignas(64) float of_block[kStripRows * kPanelWidth];
-      const bool first = k == 0;
-      float* sums = tile + row * tile_stride;
-      const bool two = count - row > kTileRowsMost;
-      (two ? multiply_split_strip<true>
-           : multiply_split_strip<false>)(inputs + row / kTileRowsMost * rows.tile_size +
-                                              k * kPlanes * kTileRowsMost,
-                                          rows.tile_size, scope.weights[scope.turn], steps,
-                                          first ? sums : of_block, first ? tile_stride : kPanelWidth,
-                                          splitter, pairs);
-      const int64_t to_add = first ? 0 : smaller(kStripRows, count - row);
-      for (int64_t i = 0; i < to_add; ++i) {
+  for (int64_t row = 0; row < count; row += kStripRows) {
+    const auto multiply = count - row > kTileRowsMost ? multiply_strip<true> : multiply_strip<false>;
+    const float* next_strip = count - row > kStripRows ? panel : next_panel;
+    float* sums = tile + row * tile_stride;
+    for (int64_t k = 0; k < depth; k += kSumDepth) {
+      alignas(64) float more[kStripRows * kPanelWidth];
+      const uint16_t* inputs = rows.planes + (first_row + row) / kTileRowsMost * rows.tile_size;
+      const Strip strip{inputs + k * kPlanes * kTileRowsMost, rows.tile_size};
+      const int64_t after = k + kSumDepth;
+      const float* next = after < depth ? panel + after * kPanelWidth : next_strip;
+      const int64_t next_inputs = smaller(kTileHalves, after < depth ? depth - after : depth);
+      multiply(strip, panel + k * kPanelWidth, smaller(kSumDepth, depth - k), next, next_inputs,
+               k == 0 ? sums : more, k == 0 ? tile_stride : kPanelWidth, scope);
+      for (int64_t i = 0; k > 0 && i < smaller(kStripRows, count - row); ++i) {
         for (int64_t j = 0; j < kPanelWidth; j += Vec::kWidth) {
           float* sum = sums + i * tile_stride + j;
-          (Vec::load(sum) + Vec::load(of_block + i * kPanelWidth + j)).store(sum);
+          (Vec::load(sum) + Vec::load(more + i * kPanelWidth + j)).store(sum);
         }
       }
-    }
-    if (splitter.from) {
-      splitter.finish();
-      scope.block = splitter.from;
-      scope.turn = 1 - scope.turn;
     }
   }
   for (int64_t row = 0; row < count; ++row) {
@@ -353,7 +370,8 @@ inline void multiply_byte_strip(const uint8_t* inputs,
   constexpr int64_t kPanelRow = kPanelWidth * kGroup;
   const auto multiply = [&](const int8_t* weights) PACKEDBERT_INLINE_LAMBDA {
     load_tile<4>(inputs, kTileBytes);
-    load_tiles<6>(weights, weights + kPanelRow / 2, kPanelRow);
+    load_tile<6>(weights, kPanelRow);
+    load_tile<7>(weights + kPanelRow / 2, kPanelRow);
     multiply_bytes<0, 4, 6>(), multiply_bytes<1, 4, 7>();
     if constexpr (kTwo) {
       load_tile<5>(inputs + below, kTileBytes);
@@ -361,17 +379,13 @@ inline void multiply_byte_strip(const uint8_t* inputs,
     }
     inputs += kTileRowsMost * kTileBytes;
   };
-  zero_tile<0>(), zero_tile<1>();
-  if constexpr (kTwo) zero_tile<2>(), zero_tile<3>();
+  zero_sums<kTwo>();
   for (int64_t step = 0; step < steps; ++step, panel += kTileRowsMost * kPanelRow) {
     for (int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     multiply(panel);
   }
   if (tail) multiply(tail);
-  constexpr int64_t kStride = kPanelWidth * 4;
-  int32_t* bottom = sums + kTileRowsMost * kPanelWidth;
-  store_tile<0>(sums, kStride), store_tile<1>(sums + Vec::kWidth, kStride);
-  if constexpr (kTwo) store_tile<2>(bottom, kStride), store_tile<3>(bottom + Vec::kWidth, kStride);
+  store_sums<kTwo>(sums, kPanelWidth * 4);
 }
 
 // As in multiply_quantized.h, for up to kUnitRows rows.
