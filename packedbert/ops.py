@@ -477,14 +477,18 @@ def _encoder_default(
         return triton_kernels.encoder(hidden_states, mask, canonical, num_heads, activation, norm, eps)
     prepack_cache = PrepackCache.find(cache)
 
-    def prepacked(slot: int, weight: Tensor) -> Tensor:
-        if weight.dtype == torch.int8:  # packed already
-            return weight
-        if _IS_MATRIX[slot % len(_IS_MATRIX)]:
-            return prepack_cache.get(slot, weight, lambda matrix: prepack_linear(matrix.to(dtype)))
-        return weight.to(dtype).contiguous()
+    def prepack(matrix: Tensor) -> Tensor:
+        return prepack_linear(matrix.to(dtype))
 
-    native = [prepacked(slot, weight) for slot, weight in enumerate(weights)]
+    # A hundred and more tensors a call: what is ready costs a comparison each.
+    native = []
+    for slot, (weight, is_matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX), strict=False)):
+        if is_matrix and weight.dtype != torch.int8:  # those are packed already
+            native.append(prepack_cache.get(slot, weight, prepack))
+        elif is_matrix or (weight.dtype == dtype and weight.is_contiguous()):
+            native.append(weight)
+        else:
+            native.append(weight.to(dtype).contiguous())
     output = encoder_prepacked(hidden_states.to(dtype), mask, native, num_heads, activation, norm, eps, attention)
     return output.to(hidden_states.dtype)
 
@@ -554,12 +558,18 @@ def encoder(
         backend: as in `PackedBertConfig`.
         cache: key of the `PrepackCache` to use; 0 packs for this call only.
 
-    Returns: [batch, length, hidden_size], a new tensor; 0 at padded positions.
+    Returns: [batch, length, hidden_size], a new tensor; 0 at padded positions. There is no gradient.
 
     Raises:
         ValueError: shapes that do not agree.
         RuntimeError: a backend that was asked for by name and cannot run here.
     """
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *weights))
+    if type(hidden_states) is Tensor and not gradient and not torch.compiler.is_compiling():
+        # The op's own default, without handing all the weights to the dispatcher and back.
+        return _encoder_default(
+            hidden_states, attention_mask, weights, num_heads, activation, norm, eps, attention, backend, cache
+        )
     return torch.ops.packedbert.encoder(
         hidden_states, attention_mask, weights, num_heads, activation, norm, eps, attention, backend, cache
     )

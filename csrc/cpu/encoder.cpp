@@ -15,14 +15,22 @@ namespace {
 // all weights, which lie further away, more often: 640 KiB was 1 to 2 percent slower.
 constexpr int64_t kPanelBytes = 1024 * 1024;
 
+// How tokens are cut.
+struct PanelRules {
+  int64_t fewest_tokens;  // in a panel
+  int64_t halved_tokens;  // a panel is halved, for balance, if its halves have as many
+  int64_t row_step;       // panels begin at a multiple
+};
+
 // Fewer tokens than this in a thread's panel do not repay that each thread reads all weights: the steps are
 // split among the threads, each of which then reads its share of them. On two cores panels of 16 took 0.9 of
 // the time of splitting (their threads read the same weights at about the same time, and wait once a layer,
-// not six times), panels of 8 took 1.25.
-constexpr int64_t kFewestPanelTokens = 12;
+// not six times), panels of 8 took 1.25. A panel is halved down to two tiles of AVX-512.
+constexpr PanelRules kVectorPanels = {12, 28, 1};
 
-// A panel is halved, for balance, down to two tiles of AVX-512.
-constexpr int64_t kHalvedPanelTokens = 28;
+// AMX multiplies so fast that reading weights is what counts: at 32 tokens a thread, splitting took 0.9 of
+// the time of panels, at 64 as much in float32 and 1.15 in int8.
+constexpr PanelRules kTilePanels = {48, 128, 16};
 
 // Rows begin at a cache line, and never a multiple of 4 KiB apart: see kCollidingStride in multiply_tile.h.
 constexpr int64_t row_stride(int64_t width) {
@@ -62,19 +70,23 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
   plan.query_stride = row_stride(query_width);
   plan.inner_stride = row_stride(inner_width);
 
+  const PanelRules rules = isa == Isa::avx512_amx ? kTilePanels : kVectorPanels;
   int64_t inner_rows = batch.tokens;
   const int64_t tokens_per_thread = (batch.tokens + threads - 1) / threads;
-  if (threads == 1 || tokens_per_thread >= kFewestPanelTokens) {
+  if (threads == 1 || tokens_per_thread >= rules.fewest_tokens) {
     const int64_t token_bytes = sizeof(float) * (plan.hidden_stride + plan.inner_stride);
-    const int64_t most = std::max(kFewestPanelTokens, kPanelBytes / token_bytes);
+    const int64_t most = std::max(rules.fewest_tokens, kPanelBytes / token_bytes);
     // As many for each thread, and none much smaller than the others.
     plan.workers = threads;
     int64_t of_worker = (tokens_per_thread + most - 1) / most;
     // One panel each would leave nothing to share out when something else takes a core: two cost 1 percent,
     // and save 2 to 7 beside one busy process.
-    if (of_worker == 1 && tokens_per_thread >= 2 * kHalvedPanelTokens) of_worker = 2;
+    if (of_worker == 1 && tokens_per_thread >= 2 * rules.halved_tokens) of_worker = 2;
     plan.panels = plan.workers * of_worker;
-    inner_rows = (batch.tokens + plan.panels - 1) / std::max<int64_t>(1, plan.panels);
+    plan.row_step = rules.row_step;
+    for (int64_t panel = 0; panel < plan.panels; ++panel)
+      inner_rows = std::max(panel == 0 ? 0 : inner_rows, plan.first_token(panel + 1, batch.tokens) -
+                                                             plan.first_token(panel, batch.tokens));
   } else {
     plan.workers = 1;
   }

@@ -52,6 +52,7 @@ struct EncoderPlan {
   // each step of a layer is split among the threads instead.
   int64_t panels;
   int64_t workers;        // how many threads may work on panels at once
+  int64_t row_step;       // panels begin at a multiple
   int64_t hidden_stride;  // between rows; likewise below
   int64_t query_stride;
   int64_t inner_stride;
@@ -65,6 +66,12 @@ struct EncoderPlan {
   int64_t prepared;    // [workers, prepared_rows_size(rows of a panel)]: the inputs of one matrix
   int64_t prepared_size;  // of one worker
   int64_t size;           // floats in all
+
+  // Of a panel, of so many tokens; that of the panel after the last is their number.
+  int64_t first_token(int64_t panel, int64_t tokens) const {
+    const int64_t first = (tokens + row_step - 1) / row_step * panel / panels * row_step;
+    return first < tokens ? first : tokens;
+  }
 };
 
 // threads: how many the ParallelFor has at most, 1 or more. The plan depends on it, the result does not.

@@ -260,8 +260,8 @@ void run_panels(const void* context, int64_t begin, int64_t) {
   for (;;) {
     const int64_t panel = __atomic_fetch_add(panels.next_panel, 1, __ATOMIC_RELAXED);
     if (panel >= count) return;
-    run.first = panels.all.tokens * panel / count;
-    run.tokens = panels.all.tokens * (panel + 1) / count - run.first;
+    run.first = run.plan->first_token(panel, panels.all.tokens);
+    run.tokens = run.plan->first_token(panel + 1, panels.all.tokens) - run.first;
     run_layer(run, run_here);
   }
 }
