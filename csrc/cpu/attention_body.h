@@ -90,10 +90,13 @@ inline void place_qkv(const QueriesKeysValues& to,
   }
 }
 
-// One round for one query: scores [keys] become e^(scale (score - maximum)), where maximum and sum (of the
-// exponentials) are over all rounds so far. Returns the factor that corrects what earlier rounds summed up.
-// The row has room up to the next full Vec. A NaN among the scores makes the sum one.
-inline float exponentiate(float* scores, int64_t keys, float scale, bool first, float* maximum, float* sum) {
+// One round for one query: put(i, e) gets e^(scale (score - maximum)) of scores i to i + Vec::kWidth, for all
+// scores [keys], where maximum and sum (of the exponentials) are over all rounds so far. Returns the factor
+// that corrects what earlier rounds summed up. The row has room up to the next full Vec. A NaN among the
+// scores makes the sum one.
+template <typename Put>
+PACKEDBERT_INLINE float exponentiate(
+    float* scores, int64_t keys, float scale, bool first, float* maximum, float* sum, const Put& put) {
   int64_t end = keys;
   while (end % Vec::kWidth != 0) scores[end++] = -__builtin_inff();  // adds 1e-38 to a sum of 1 or more
   Vec top = Vec::load(scores);
@@ -110,7 +113,7 @@ inline float exponentiate(float* scores, int64_t keys, float scale, bool first, 
   Vec total = Vec::zero();
   for (int64_t i = 0; i < end; i += Vec::kWidth) {
     const Vec e = exp(fma(Vec::load(scores + i), factor, shift));
-    e.store(scores + i);
+    put(i, e);
     total = total + e;
   }
   *maximum = new_maximum;
@@ -173,8 +176,9 @@ inline void attend_tile(const QueriesKeysValues& in,
     }
     const FloatRows probabilities = FloatRows::in(scores, kScoreStride, scratch, kQueryRows, keys);
     for (int64_t row = 0; row < rows; ++row) {
-      correction[row] =
-          exponentiate(scores + row * kScoreStride, keys, scale, first, &maximum[row], &sum[row]);
+      float* score = scores + row * kScoreStride;
+      correction[row] = exponentiate(score, keys, scale, first, &maximum[row], &sum[row],
+                                     [&](int64_t i, Vec e) PACKEDBERT_INLINE_LAMBDA { e.store(score + i); });
       probabilities.prepare(row, keys);
     }
     for (int64_t panel = 0; panel < panel_count(size); ++panel) {

@@ -22,9 +22,10 @@ struct QuantizedKeysValues {
   }
 };
 
-// to [size, up to the next full Vec] = x [size] / scale, rounded to -127..127; returns the scale. Where x has
-// a NaN or an infinity, that is a NaN.
-inline float quantize_symmetric(const float* x, int64_t size, int8_t* to) {
+// put(i, integers) gets x [size] / scale, rounded to -127..127, Vec::kWidth of them at a time, of which those
+// beyond size are 0; returns the scale. Where x has a NaN or an infinity, that is a NaN.
+template <typename Put>
+PACKEDBERT_INLINE float quantize_symmetric(const float* x, int64_t size, const Put& put) {
   const auto load = [&](int64_t i) PACKEDBERT_INLINE_LAMBDA {
     return i + Vec::kWidth <= size ? Vec::load(x + i) : Vec::load_partial(x + i, size - i);
   };
@@ -40,10 +41,8 @@ inline float quantize_symmetric(const float* x, int64_t size, int8_t* to) {
   const Vec factor = Vec::broadcast(sound ? 1.0f / scale : 0.0f);
   const Vec limit = Vec::broadcast(127.0f);
   for (int64_t i = 0; i < size; i += Vec::kWidth) {
-    int32_t integers[Vec::kWidth];
     // A NaN, of infinity times 0, becomes the limit: it is a number, and the scale is none.
-    max(min(round(load(i) * factor), limit), Vec::zero() - limit).store_integers(integers);
-    for (int64_t j = 0; j < Vec::kWidth; ++j) to[i + j] = static_cast<int8_t>(integers[j]);
+    put(i, max(min(round(load(i) * factor), limit), Vec::zero() - limit));
   }
   return sound ? scale : __builtin_nanf("");
 }
@@ -54,29 +53,32 @@ inline void place_quantized(const QuantizedKeysValues& to,
                             Heads heads,
                             const float* keys_values,
                             int64_t token) {
-  alignas(64) int8_t integers[kMaxQuantizedHead + 64];
   const int64_t sequence = batch.sequence_of[token];
   const int64_t slot = batch.first_slot[sequence] + token - batch.first_token[sequence];
   const int64_t groups = group_count(heads.size);
   for (int64_t head = 0; head < heads.count; ++head) {
     const int64_t at = head * batch.key_slots + slot;
-    to.key_scale[at] = quantize_symmetric(keys_values + head * heads.size, heads.size, integers);
     int8_t* key = to.keys + (at / kPanelWidth * groups * kPanelWidth + at % kPanelWidth) * kGroup;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < heads.size; ++i) sum += integers[i];
-    to.key_sums[at] = sum;
-    for (int64_t group = 0; group < groups; ++group)
-      __builtin_memcpy(key + group * kPanelWidth * kGroup, integers + group * kGroup, kGroup);
+    Vec sum = Vec::zero();
+    to.key_scale[at] = quantize_symmetric(
+        keys_values + head * heads.size, heads.size, [&](int64_t i, Vec integers) PACKEDBERT_INLINE_LAMBDA {
+          sum = sum + integers;
+          alignas(64) int8_t bytes[Vec::kWidth];
+          integers.store_bytes(bytes);
+          const int64_t end = smaller(Vec::kWidth, groups * kGroup - i);
+          for (int64_t j = 0; j < end; j += kGroup)
+            __builtin_memcpy(key + (i + j) * kPanelWidth, bytes + j, kGroup);
+        });
+    to.key_sums[at] = static_cast<int32_t>(sum_of_lanes(sum));  // exact: 127 * 512 at most
 
+    const float* values = keys_values + heads.width() + head * heads.size;
     to.value_scale[at] =
-        quantize_symmetric(keys_values + heads.width() + head * heads.size, heads.size, integers);
-    for (int64_t d = 0; d < heads.size; d += kPanelWidth) {
-      const int64_t panel = head * panel_count(heads.size) + d / kPanelWidth;
-      int8_t* value =
-          to.values + (panel * batch.key_slots + slot / kGroup * kGroup) * kPanelWidth + slot % kGroup;
-      const int64_t columns = smaller(kPanelWidth, heads.size - d);
-      for (int64_t i = 0; i < columns; ++i) value[i * kGroup] = integers[d + i];
-    }
+        quantize_symmetric(values, heads.size, [&](int64_t d, Vec integers) PACKEDBERT_INLINE_LAMBDA {
+          const int64_t panel = head * panel_count(heads.size) + d / kPanelWidth;
+          int8_t* value = to.values + (panel * batch.key_slots + slot / kGroup * kGroup) * kPanelWidth +
+                          d % kPanelWidth * kGroup + slot % kGroup;
+          integers.store_every_fourth_byte(value, smaller(Vec::kWidth, heads.size - d));
+        });
   }
 }
 
@@ -123,25 +125,29 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
     }
 
     // The largest value scale, or a NaN if one of them is.
-    const float* value_scale = kv.value_scale + slot;
-    float largest = value_scale[0];
-    for (int64_t k = 1; k < keys; ++k) largest = value_scale[k] <= largest ? largest : value_scale[k];
-    for (int64_t k = 0; k < keys; ++k) largest += 0.0f * value_scale[k];
+    const auto value_scale = [&](int64_t k) PACKEDBERT_INLINE_LAMBDA {
+      const float* from = kv.value_scale + slot + k;
+      return keys - k < Vec::kWidth ? Vec::load_partial(from, keys - k) : Vec::load(from);
+    };
+    Vec top = Vec::zero();
+    Vec damage = Vec::zero();
+    for (int64_t k = 0; k < keys; k += Vec::kWidth) {
+      top = max(top, value_scale(k));
+      damage = fma(Vec::zero(), value_scale(k), damage);
+    }
+    const float largest = max_of_lanes(top) + sum_of_lanes(damage);
     const QuantizedRows probabilities = QuantizedRows::in(scratch, kQueryRows, kKeyBlock);
     const Vec factor = Vec::broadcast(255.0f / largest);
     const Vec limit = Vec::broadcast(255.0f);
     for (int64_t row = 0; row < rows; ++row) {
-      float* score = scores + row * kScoreStride;
-      correction[row] = exponentiate(score, keys, scale, first, &maximum[row], &sum[row]);
       probabilities.scale[row] = largest / 255.0f;
       probabilities.zero_point[row] = 0;
-      for (int64_t k = 0; k < keys; k += Vec::kWidth) {
-        const int64_t left = keys - k;
-        const Vec s =
-            left < Vec::kWidth ? Vec::load_partial(value_scale + k, left) : Vec::load(value_scale + k);
-        const Vec p = round(Vec::load(score + k) * (s * factor));
-        Dot::store_inputs(max(min(p, limit), Vec::zero()), Vec::zero(), probabilities.at(row, k));
-      }
+      correction[row] = exponentiate(scores + row * kScoreStride, keys, scale, first, &maximum[row],
+                                     &sum[row], [&](int64_t k, Vec e) PACKEDBERT_INLINE_LAMBDA {
+                                       const Vec p = round(e * (value_scale(k) * factor));
+                                       Dot::store_inputs(max(min(p, limit), Vec::zero()), Vec::zero(),
+                                                         probabilities.at(row, k));
+                                     });
     }
     for (int64_t panel = 0; panel < panel_count(size); ++panel) {
       const int64_t columns = smaller(kPanelWidth, size - panel * kPanelWidth);
