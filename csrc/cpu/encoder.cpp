@@ -3,6 +3,7 @@
 #include "cpu/encoder.h"
 
 #include <algorithm>
+#include <thread>
 
 #include "cpu/isa.h"
 
@@ -66,6 +67,7 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
 
   EncoderPlan plan{};
   plan.isa = isa;
+  plan.threads = threads;
   plan.hidden_stride = row_stride(encoder.hidden_size);
   plan.query_stride = row_stride(query_width);
   plan.inner_stride = row_stride(inner_width);
@@ -77,19 +79,17 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
     const int64_t token_bytes = sizeof(float) * (plan.hidden_stride + plan.inner_stride);
     const int64_t most = std::max(rules.fewest_tokens, kPanelBytes / token_bytes);
     // As many for each thread, and none much smaller than the others.
-    plan.workers = threads;
     int64_t of_worker = (tokens_per_thread + most - 1) / most;
     // One panel each would leave nothing to share out when something else takes a core: two cost 1 percent,
     // and save 2 to 7 beside one busy process.
     if (of_worker == 1 && tokens_per_thread >= 2 * rules.halved_tokens) of_worker = 2;
-    plan.panels = plan.workers * of_worker;
+    plan.panels = threads * of_worker;
     plan.row_step = rules.row_step;
     for (int64_t panel = 0; panel < plan.panels; ++panel)
       inner_rows = std::max(panel == 0 ? 0 : inner_rows, plan.first_token(panel + 1, batch.tokens) -
                                                              plan.first_token(panel, batch.tokens));
-  } else {
-    plan.workers = 1;
   }
+  const int64_t at_once = plan.panels > 0 ? threads : 1;
 
   const auto place = [&plan](int64_t size) {
     const int64_t at = plan.size;
@@ -103,15 +103,28 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
     plan.values[turn] = place(values);
   }
   plan.inner_size = inner_rows * plan.inner_stride;
-  plan.inner = place(plan.workers * plan.inner_size);
+  plan.inner = place(at_once * plan.inner_size);
   plan.inner_rows = inner_rows;
   const int64_t widest = std::max(encoder.hidden_size, inner_width);
   const auto prepared = [&](bool of_quantized) {
     return whole_lines(prepared_rows_size(isa, of_quantized, inner_rows, widest));
   };
   plan.prepared_size = std::max(quantized ? prepared(true) : 0, floats ? prepared(false) : 0);
-  plan.prepared = place(plan.workers * plan.prepared_size);
+  plan.prepared = place(at_once * plan.prepared_size);
+  plan.step_count = (encoder.layer_count + 1) * kMostSteps;
+  plan.steps = place(plan.step_count * static_cast<int64_t>(sizeof(SharedStep) / sizeof(float)));
   return plan;
+}
+
+void wait_for(const SharedStep& step, int64_t count) {
+  // What is left is about as much as was done here: soon over, unless its thread has lost its core.
+  constexpr int kPatience = 2000;
+  for (int turn = 0; __atomic_load_n(&step.done, __ATOMIC_ACQUIRE) < count; ++turn) {
+    if (turn > kPatience) std::this_thread::yield();
+#if PACKEDBERT_X86
+    __builtin_ia32_pause();
+#endif
+  }
 }
 
 void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for) {

@@ -45,13 +45,16 @@ struct Encoder {
   float* output;        // the same; rows that belong to no token are left alone
 };
 
+// A layer's steps, at most (run_layer in encoder_body.h).
+inline constexpr int64_t kMostSteps = 10;
+
 // How the work is cut, and what lies where in the scratch memory. Places are in floats from its beginning.
 struct EncoderPlan {
   Isa isa;  // that it is for
   // Token panels, evenly sized: each is taken through a whole layer by one thread. 0: the tokens are too few,
   // each step of a layer is split among the threads instead.
   int64_t panels;
-  int64_t workers;        // how many threads may work on panels at once
+  int64_t threads;        // at most
   int64_t row_step;       // panels begin at a multiple
   int64_t hidden_stride;  // between rows; likewise below
   int64_t query_stride;
@@ -65,7 +68,9 @@ struct EncoderPlan {
   int64_t inner_rows;  // of a panel, at most
   int64_t prepared;    // [workers, prepared_rows_size(rows of a panel)]: the inputs of one matrix
   int64_t prepared_size;  // of one worker
-  int64_t size;           // floats in all
+  int64_t steps;          // SharedStep [step_count], zero at first
+  int64_t step_count;
+  int64_t size;  // floats in all
 
   // Of a panel, of so many tokens; that of the panel after the last is their number.
   int64_t first_token(int64_t panel, int64_t tokens) const {

@@ -5,7 +5,7 @@
 // takes one panel of them through all steps, up to the queries, keys and values of the next layer, while they
 // lie in its second-level cache: then only the end of a layer has to be waited for (attention needs the keys
 // of all tokens). With few tokens all threads share each step. Both are run_layer; they differ in its
-// ParallelFor.
+// ParallelFor. Threads are asked for once, and meet at SharedSteps.
 
 // A range of tokens in one layer: the context of every step.
 struct LayerRun {
@@ -213,8 +213,28 @@ void normalize_output(const void* context, int64_t begin, int64_t end) {
 // A ParallelFor without threads.
 void run_here(int64_t count, int64_t, RangeTask task, const void* context) { task(context, 0, count); }
 
+// A ParallelFor that shares the items with whoever else calls it for the same steps, in the same order.
+struct SharedSteps {
+  SharedStep* next;
+  int64_t workers;
+
+  void operator()(int64_t count, int64_t /*grain*/, RangeTask task, const void* context) {
+    SharedStep& step = *next++;
+    const int64_t share = ceil_div(count, workers);
+    for (;;) {
+      const int64_t begin = __atomic_fetch_add(&step.taken, share, __ATOMIC_RELAXED);
+      if (begin >= count) break;
+      const int64_t end = smaller(count, begin + share);
+      task(context, begin, end);
+      __atomic_fetch_add(&step.done, end - begin, __ATOMIC_RELEASE);
+    }
+    wait_for(step, count);
+  }
+};
+
 // The steps of one layer for a range of tokens; for layer -1 what comes before the first.
-void run_layer(const LayerRun& run, ParallelFor parallel_for) {
+template <typename Parallel>
+void run_layer(const LayerRun& run, Parallel&& parallel_for) {
   const auto for_tokens = [&](RangeTask task) {
     parallel_for(run.tokens, ceil_div(kNormElementsPerThread, run.encoder->hidden_size), task, &run);
   };
@@ -242,28 +262,59 @@ void run_layer(const LayerRun& run, ParallelFor parallel_for) {
   }
 }
 
-// One layer in panels.
-struct PanelRun {
-  LayerRun all;  // the tokens of all panels
-  int64_t* next_panel;
+// What the threads of one call have in common.
+struct SharedRun {
+  LayerRun all;  // of all tokens
+  SharedStep* steps;
+  int64_t workers;
 };
 
-// The work of one thread, worker `begin`: panel after panel, until none is left. How many there are for it
-// depends on how fast the threads are, and on how many really run: one alone does everything.
-void run_panels(const void* context, int64_t begin, int64_t) {
-  const PanelRun& panels = *static_cast<const PanelRun*>(context);
-  LayerRun run = panels.all;
-  const int64_t count = run.plan->panels;
-  run.inner += begin * run.plan->inner_size;
-  run.prepared += begin * run.plan->prepared_size;
-  run.attention_chunks = 1;
-  for (;;) {
-    const int64_t panel = __atomic_fetch_add(panels.next_panel, 1, __ATOMIC_RELAXED);
-    if (panel >= count) return;
-    run.first = run.plan->first_token(panel, panels.all.tokens);
-    run.tokens = run.plan->first_token(panel + 1, panels.all.tokens) - run.first;
+// Panels [begin, end) of one layer, whose run of all tokens context points to.
+void run_panels(const void* context, int64_t begin, int64_t end) {
+  const LayerRun& all = run_of(context);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    LayerRun run = all;
+    run.first = all.plan->first_token(panel, all.tokens);
+    run.tokens = all.plan->first_token(panel + 1, all.tokens) - run.first;
+    run.attention_chunks = 1;
     run_layer(run, run_here);
   }
+}
+
+// The work of one thread, worker `begin`, through all layers.
+void run_worker(const void* context, int64_t begin, int64_t) {
+  const SharedRun& shared = *static_cast<const SharedRun*>(context);
+  LayerRun run = shared.all;
+  const EncoderPlan& plan = *run.plan;
+  if (plan.panels > 0) {
+    run.inner += begin * plan.inner_size;
+    run.prepared += begin * plan.prepared_size;
+  }
+  // A panel at a time: how many there are for a worker depends on how fast the threads are.
+  SharedSteps steps{shared.steps, plan.panels > 0 ? plan.panels : shared.workers};
+  for (; run.layer < run.encoder->layer_count; ++run.layer) {
+    if (plan.panels > 0) {
+      steps(plan.panels, 1, run_panels, &run);
+    } else if (shared.workers > 1) {
+      run_layer(run, steps);
+    } else {
+      run_layer(run, run_here);
+    }
+  }
+}
+
+// How many threads have something to do where they share each step.
+inline int64_t useful_workers(const LayerRun& run, int64_t threads) {
+  int64_t useful = 1;
+  for (int64_t i = 0; i < run.encoder->layer_count; ++i) {
+    const EncoderLayer& w = run.encoder->layers[i];
+    const Matrix* matrices[] = {&w.qkv_weight, &w.attention_output_weight, &w.up_weight, &w.down_weight};
+    for (const Matrix* matrix : matrices) {
+      const Units units = run.units(*matrix);
+      useful = larger(useful, ceil_div(units.count(), units.grain()));
+    }
+  }
+  return smaller(useful, threads);
 }
 
 void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for) {
@@ -276,24 +327,23 @@ void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, Pa
     return;
   }
   const int64_t tokens = encoder.batch.tokens;
-  LayerRun run{
-      .encoder = &encoder,
-      .plan = &plan,
-      .scratch = scratch,
-      .layer = -1,
-      .first = 0,
-      .tokens = tokens,
-      .attention_chunks = attention_chunks(tokens),
-      .inner = scratch + plan.inner,
-      .prepared = scratch + plan.prepared,
+  SharedRun shared{
+      .all =
+          {
+              .encoder = &encoder,
+              .plan = &plan,
+              .scratch = scratch,
+              .layer = -1,
+              .first = 0,
+              .tokens = tokens,
+              .attention_chunks = attention_chunks(tokens),
+              .inner = scratch + plan.inner,
+              .prepared = scratch + plan.prepared,
+          },
+      .steps = reinterpret_cast<SharedStep*>(scratch + plan.steps),
+      .workers = plan.threads,
   };
-  for (; run.layer < encoder.layer_count; ++run.layer) {
-    if (plan.panels == 0) {
-      run_layer(run, parallel_for);
-    } else {
-      int64_t next_panel = 0;
-      const PanelRun panels{run, &next_panel};
-      parallel_for(plan.workers, 1, run_panels, &panels);
-    }
-  }
+  if (plan.panels == 0) shared.workers = useful_workers(shared.all, plan.threads);
+  for (int64_t step = 0; step < plan.step_count; ++step) shared.steps[step] = {};
+  parallel_for(shared.workers, 1, run_worker, &shared);
 }
