@@ -2,9 +2,12 @@
 
 Every row of the CSV is one peer in one cell (batch, length). Peers are built once and checked against PyTorch eager;
 then they take turns, with an sgemm between them, so that a machine that drifts drifts for all. L is the time that the
-model's floating-point operations take at the rate of the sgemms of the same cell. Each turn is two calls: "cold", after
-those of all other peers, whose weights have driven its own out of the caches, and "hot", the one after that. Before
-the cold one all rest for SETTLE seconds: ONNX Runtime's threads keep a core busy for 10 to 50 ms after they are done.
+model's floating-point operations take at the rate of the sgemms of the same cell.
+
+Each turn is two timed calls. "cold" comes after those of all other peers, whose weights have driven its own out of the
+caches. Before it, torch's threads do small products for SETTLE seconds: ONNX Runtime's threads keep a core busy for 10
+to 50 ms after they are done, and a processor that rests wakes slowly (after 50 ms of sleep a call of 2 ms took 5, and
+the next one 2.9). "hot" comes after calls of WARM seconds: one, where it takes that long.
 """
 
 from __future__ import annotations
@@ -36,8 +39,8 @@ DENSE_EVERYWHERE = ("packedbert", "PyTorch eager")
 #: Seconds that a peer is timed for in a cell, and the fewest and most turns.
 BUDGET, LEAST, MOST = 1.5, 3, 30
 
-#: Seconds between one peer's calls and the next one's.
-SETTLE = 0.05
+#: Seconds of small products between one peer's calls and the next one's, and of a peer's calls before the hot one.
+SETTLE, WARM = 0.05, 0.02
 
 #: Largest difference from PyTorch eager that a peer's logits may have, as a multiple of their spread.
 TOLERANCE = {"fp32": 1e-4, "int8": 0.5}
@@ -98,14 +101,26 @@ def measure(
     def call(run: Runner, ahead: int) -> Callable[[int], object]:
         return lambda index: run(*data[(index + ahead) % len(data)])
 
+    def repeat(call: Callable[[int], object], seconds: float) -> Callable[[int], object]:
+        def run(index: int) -> None:
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                call(index)
+
+        return run
+
+    small = torch.randn(256, 256)
+    settle = repeat(lambda _: small @ small, SETTLE)
     calls: dict[Any, Callable[[int], object]] = {"sgemm": machine.Sgemm()}
     for peer, run in runners.items():
-        calls["settle", peer] = lambda _: time.sleep(SETTLE)
-        calls[peer, "cold"], calls[peer, "hot"] = call(run, 0), call(run, 1)
+        calls["settle", peer] = settle
+        calls[peer, "cold"] = call(run, 0)
+        calls["warm", peer] = repeat(call(run, 1), WARM)
+        calls[peer, "hot"] = call(run, 2)
     rounds = max(LEAST, min(MOST, int(BUDGET / slowest)))
     times: dict[Any, list[float]] = bench.interleaved(calls, rounds, warmup=0)
     rate = machine.Sgemm.FLOPS / statistics.median(times.pop("sgemm"))
-    return {key: seconds for key, seconds in times.items() if key[0] != "settle"}, rate
+    return {key: seconds for key, seconds in times.items() if key[0] not in ("settle", "warm")}, rate
 
 
 def rows(

@@ -232,7 +232,7 @@ def check(case: Case) -> None:
 def peak(about: Machine, case: Case) -> float:
     """The arithmetic that the machine can do at best, in the case's precision."""
     assert about.peaks is not None
-    return about.peaks[case.precision == "int8"]
+    return about.peaks.best(case.precision)
 
 
 def rows(all_cases: list[Case], about: Machine) -> Iterator[dict[str, Any]]:

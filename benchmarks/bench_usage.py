@@ -144,7 +144,7 @@ def over_fma_limit(isa: str, run: Any, structure: Structure, cell: tuple[int, in
         times = bench.interleaved({"run": lambda _: run(**batch)}, rounds)["run"]
     finally:
         native.set_isa(before)
-    return statistics.median(times) * peaks[0] / structure.flops(*cell)
+    return statistics.median(times) * peaks.fma / structure.flops(*cell)
 
 
 def differing_calls(run: Any, structure: Structure, callers: int, calls: int = 6) -> int:

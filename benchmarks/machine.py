@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,19 +34,38 @@ def cpu_name() -> str:
     return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
 
 
+class Peaks(NamedTuple):
+    """Operations a second of all threads, on registers alone.
+
+    Attributes:
+        fma: FLOP/s of multiply-adds in float32.
+        int8: op/s of int8 products in vectors.
+        tile_float: FLOP/s of float32 products that AMX makes of bfloat16; 0 where the kernels don't use it.
+        tile_int8: op/s of int8 products in AMX; 0 likewise.
+    """
+
+    fma: float
+    int8: float
+    tile_float: float = 0.0
+    tile_int8: float = 0.0
+
+    def best(self, precision: str) -> float:
+        """Of what there is for "fp32" or "int8"."""
+        return max(self.int8, self.tile_int8) if precision == "int8" else max(self.fma, self.tile_float)
+
+
 @dataclass(frozen=True)
 class Machine:
     """What the figures of a run were taken on.
 
     Attributes:
         names: processor, threads, instruction set, date, versions.
-        peaks: FLOP/s of multiply-adds in float32, and op/s of int8 products, on registers alone and on all threads;
-            None where there is no compiler.
+        peaks: None where there is no compiler.
         copy_bytes: bytes/s of a copy in memory, read and written.
     """
 
     names: dict[str, str]
-    peaks: tuple[float, float] | None
+    peaks: Peaks | None
     copy_bytes: float
 
     @classmethod
@@ -66,8 +86,9 @@ class Machine:
 
     def columns(self) -> dict[str, str]:
         """One column of a CSV each."""
-        fma, int8 = ("", "") if self.peaks is None else (f"{peak / 1e9:.1f}" for peak in self.peaks)
-        return {**self.names, "fma_gflops": fma, "int8_gops": int8, "copy_gb_s": f"{self.copy_bytes / 1e9:.1f}"}
+        columns = ("fma_gflops", "int8_gops", "amx_fp32_gflops", "amx_int8_gops")
+        peaks = [f"{peak / 1e9:.1f}" if peak else "" for peak in self.peaks or (0, 0, 0, 0)]
+        return {**self.names, **dict(zip(columns, peaks, strict=True)), "copy_gb_s": f"{self.copy_bytes / 1e9:.1f}"}
 
 
 def version(package: str) -> str:
@@ -107,11 +128,12 @@ _FLAGS = {
     "avx2_vnni": ("-mavx2", "-mfma", "-mavxvnni"),
     "avx512": ("-mavx512f", "-mavx512bw"),
     "avx512_vnni": ("-mavx512f", "-mavx512bw", "-mavx512vnni"),
+    "avx512_amx": ("-mavx512f", "-mavx512bw", "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 
 
-def register_peaks(isa: str, threads: int) -> tuple[float, float] | None:
-    """FLOP/s of float32 and op/s of int8 on registers alone; None without g++, or without vectors."""
+def register_peaks(isa: str, threads: int) -> Peaks | None:
+    """What an instruction set can do at best; None without g++, or without vectors."""
     compiler = shutil.which("g++")
     if compiler is None or isa not in _FLAGS:
         return None
@@ -120,5 +142,4 @@ def register_peaks(isa: str, threads: int) -> tuple[float, float] | None:
         source = Path(__file__).with_name("peaks.cpp")
         subprocess.run([compiler, "-O3", "-std=c++20", "-pthread", *_FLAGS[isa], source, "-o", program], check=True)
         run = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
-    fma, int8 = map(float, run.stdout.split())
-    return fma, int8
+    return Peaks(*map(float, run.stdout.split()))

@@ -78,7 +78,8 @@ def table(rows: list[Row]) -> str:
     lines += [
         "",
         f"{machine_line(row)}. float32, medians, warm caches, all peers in turns in one process. sgemm "
-        f"{sgemm_gflops(rows):.1f} GFLOP/s, FMA peak {row['fma_gflops']} GFLOP/s.",
+        f"{sgemm_gflops(rows):.1f} GFLOP/s, FMA peak {row['fma_gflops']} GFLOP/s"
+        + (f", of float32 made of bfloat16 in AMX {amx} GFLOP/s." if (amx := row.get("amx_fp32_gflops")) else "."),
     ]
     return "\n".join(lines)
 
@@ -103,10 +104,12 @@ def int8_table(rows: list[Row]) -> str:
     row = rows[0]
     if row["int8_gops"]:
         ratio = float(row["int8_gops"]) / float(row["fma_gflops"])
+        amx = row.get("amx_int8_gops")
+        more = f", in AMX at {amx} GOP/s." if amx else "." if "vnni" in row["isa"] else ". It has no VNNI."
         lines += [
             "",
             f"The same run. On registers alone this machine's int8 products run at {row['int8_gops']} GOP/s, "
-            f"{ratio:.2f}x its float32 rate" + ("." if "vnni" in row["isa"] else ". It has no VNNI."),
+            f"{ratio:.2f}x its float32 rate{more}",
         ]
     return "\n".join(lines) if int8 else ""
 

@@ -73,6 +73,43 @@ def test_packed_linear_on_any_shape(shape, activation, norm, residual):
     assert_as_exact_as_torch(got, reference.packed_linear(**single), reference.packed_linear(**exact))
 
 
+@pytest.mark.parametrize("in_features", [31, 33, 767, 769, 1600])
+@pytest.mark.parametrize("rows", [15, 17, 32, 33, 129, 260])
+def test_sums_and_rows_across_tiles(isa, rows, in_features):
+    """Around the sizes of AMX's tiles, strips and units, and of the blocks that long sums are taken in."""
+    exact = linear_arguments(rows, in_features, 33, "none", "none", residual=False)
+    single = in_float32(exact)
+    got = ops.packed_linear(**prepacked(single))
+    # Of the numbers that float32 has: rounding the arguments is nobody's error.
+    oracle = reference.packed_linear(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in single.items()})
+    assert_as_exact_as_torch(got, reference.packed_linear(**single), oracle)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_float_products_have_no_range_of_their_own(isa, size):
+    """AMX adds up products of bfloat16 parts: a part may be small where its number is not."""
+    exact = linear_arguments(20, 65, 33, "none", "none", residual=False)
+    single = in_float32(exact)
+    single["input"] *= size
+    single["weight"] *= 1e-3
+    single["bias"].zero_()
+    got = ops.packed_linear(**prepacked(single))
+    oracle = single["input"].double() @ single["weight"].double().T
+    own = single["input"] @ single["weight"].T
+    error, largest = (got.double() - oracle).abs().max(), oracle.abs().max()
+    assert error <= 2 * (own.double() - oracle).abs().max() + 2 * torch.finfo(torch.float32).eps * largest
+
+
+def test_an_infinite_weight_or_input_is_never_hidden(isa):
+    single = in_float32(linear_arguments(40, 70, 33, "none", "none", residual=False))
+    single["weight"][3, 5] = float("inf")
+    single["input"][7, 2] = float("-inf")
+    got = ops.packed_linear(**prepacked(single))
+    assert not torch.isfinite(got[:, 3]).any()
+    assert not torch.isfinite(got[7]).any()
+    assert torch.isfinite(got[torch.arange(40) != 7][:, torch.arange(33) != 3]).all()
+
+
 def test_packed_linear_takes_leading_dimensions_and_strides():
     exact = linear_arguments(rows=12, residual=False)
     single = prepacked(in_float32(exact))
