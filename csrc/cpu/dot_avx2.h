@@ -33,8 +33,10 @@ struct Dot {
     const __m256i columns = _mm256_hadd_epi32(a.sum, b.sum);  // 0 1 4 5, 2 3 6 7
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(columns, 0xd8));
   }
-  static PACKEDBERT_INLINE void store_inputs(Vec x, Vec, Input* to) {
-    const __m256i integers = _mm256_cvtps_epi32(x.value);
+  static PACKEDBERT_INLINE void store_inputs(Vec x, int32_t zero_point, Input* to) {
+    const __m256i least = _mm256_set1_epi32(-zero_point);
+    const __m256i most = _mm256_set1_epi32(255 - zero_point);
+    const __m256i integers = _mm256_max_epi32(least, _mm256_min_epi32(most, _mm256_cvtps_epi32(x.value)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packs_epi32(_mm256_castsi256_si128(integers),
                                                                      _mm256_extracti128_si256(integers, 1)));
   }

@@ -30,8 +30,9 @@ struct Dot {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a.sum);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kColumns), b.sum);
   }
-  static PACKEDBERT_INLINE void store_inputs(Vec x, Vec zero_point, Input* to) {
-    const __m256i integers = _mm256_cvtps_epi32((x + zero_point).value);
+  static PACKEDBERT_INLINE void store_inputs(Vec x, int32_t zero_point, Input* to) {
+    const __m256i integers = _mm256_add_epi32(_mm256_cvtps_epi32(x.value), _mm256_set1_epi32(zero_point));
+    // Both ways of narrowing keep to their limits.
     const __m128i words =
         _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));

@@ -29,7 +29,10 @@ struct Dot {
     _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_permutex2var_epi32(a.sum, even, b.sum),
                                              _mm512_permutex2var_epi32(a.sum, odd, b.sum)));
   }
-  static PACKEDBERT_INLINE void store_inputs(Vec x, Vec, Input* to) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x.value)));
+  static PACKEDBERT_INLINE void store_inputs(Vec x, int32_t zero_point, Input* to) {
+    const __m512i least = _mm512_set1_epi32(-zero_point);
+    const __m512i most = _mm512_set1_epi32(255 - zero_point);
+    const __m512i integers = _mm512_max_epi32(least, _mm512_min_epi32(most, _mm512_cvtps_epi32(x.value)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(integers));
   }
 };

@@ -18,33 +18,35 @@ inline void quantize_row(
     if (!input_scale) return value;
     return value * (whole ? Vec::load(input_scale + i) : Vec::load_partial(input_scale + i, size - i));
   };
-  Vec low = Vec::zero();
-  Vec high = Vec::zero();
-  Vec damage = Vec::zero();  // 0 * x is a NaN for what is not finite
-  for (int64_t i = 0; i < size; i += Vec::kWidth) {
+  // Two of each: their chains overlap.
+  Vec low[2] = {Vec::zero(), Vec::zero()};
+  Vec high[2] = {Vec::zero(), Vec::zero()};
+  Vec broken[2] = {Vec::zero(), Vec::zero()};  // 0 * x is a NaN for what is not finite
+  const auto see = [&](int64_t i, int chain) PACKEDBERT_INLINE_LAMBDA {
     const Vec value = load(i);
-    low = min(low, value);
-    high = max(high, value);
-    damage = fma(Vec::zero(), value, damage);
-  }
+    low[chain] = min(low[chain], value);
+    high[chain] = max(high[chain], value);
+    broken[chain] = fma(Vec::zero(), value, broken[chain]);
+  };
+  int64_t at = 0;
+  for (; at + 2 * Vec::kWidth <= size; at += 2 * Vec::kWidth) see(at, 0), see(at + Vec::kWidth, 1);
+  for (; at < size; at += Vec::kWidth) see(at, 0);
+  const Vec damage = broken[0] + broken[1];
   if (sum_of_lanes(damage) != 0.0f) {
-    for (int64_t i = 0; i < size; i += Vec::kWidth)
-      Dot::store_inputs(Vec::zero(), Vec::zero(), to.at(row, i));
+    for (int64_t i = 0; i < size; i += Vec::kWidth) Dot::store_inputs(Vec::zero(), 0, to.at(row, i));
     to.scale[row] = __builtin_nanf("");
     to.zero_point[row] = 0;
     return;
   }
-  const float lowest = -max_of_lanes(Vec::zero() - low);
-  const float range = (max_of_lanes(high) - lowest) / 255.0f;
+  const float lowest = -max_of_lanes(Vec::zero() - min(low[0], low[1]));
+  const float range = (max_of_lanes(max(high[0], high[1])) - lowest) / 255.0f;
   const float scale = range > kMinScale ? range : kMinScale;
   const float inverse = 1.0f / scale;
   // The zero point is rounded as the inputs are.
-  const Vec zero_point = round(Vec::broadcast(-lowest * inverse));
-  const Vec least = Vec::zero() - zero_point;
-  const Vec most = Vec::broadcast(255.0f) - zero_point;
+  const int32_t zero_point = static_cast<int32_t>(first_lane(round(Vec::broadcast(-lowest * inverse))));
   const Vec factor = Vec::broadcast(inverse);
   for (int64_t i = 0; i < size; i += Vec::kWidth)
-    Dot::store_inputs(max(min(round(load(i) * factor), most), least), zero_point, to.at(row, i));
+    Dot::store_inputs(load(i) * factor, zero_point, to.at(row, i));
   to.scale[row] = scale;
-  to.zero_point[row] = static_cast<int32_t>(first_lane(zero_point));
+  to.zero_point[row] = zero_point;
 }

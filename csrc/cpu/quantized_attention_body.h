@@ -138,16 +138,14 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
     const float largest = max_of_lanes(top) + sum_of_lanes(damage);
     const QuantizedRows probabilities = QuantizedRows::in(scratch, kQueryRows, kKeyBlock);
     const Vec factor = Vec::broadcast(255.0f / largest);
-    const Vec limit = Vec::broadcast(255.0f);
     for (int64_t row = 0; row < rows; ++row) {
       probabilities.scale[row] = largest / 255.0f;
       probabilities.zero_point[row] = 0;
-      correction[row] = exponentiate(scores + row * kScoreStride, keys, scale, first, &maximum[row],
-                                     &sum[row], [&](int64_t k, Vec e) PACKEDBERT_INLINE_LAMBDA {
-                                       const Vec p = round(e * (value_scale(k) * factor));
-                                       Dot::store_inputs(max(min(p, limit), Vec::zero()), Vec::zero(),
-                                                         probabilities.at(row, k));
-                                     });
+      const auto put = [&](int64_t k, Vec e) PACKEDBERT_INLINE_LAMBDA {
+        Dot::store_inputs(e * (value_scale(k) * factor), 0, probabilities.at(row, k));
+      };
+      correction[row] =
+          exponentiate(scores + row * kScoreStride, keys, scale, first, &maximum[row], &sum[row], put);
     }
     for (int64_t panel = 0; panel < panel_count(size); ++panel) {
       const int64_t columns = smaller(kPanelWidth, size - panel * kPanelWidth);
