@@ -134,7 +134,7 @@ struct FloatRows {
       _mm512_storeu_si512(to + kTile, _mm512_permutex2var_epi16(a.middle, odd, b.middle));
       _mm512_storeu_si512(to + 2 * kTile, _mm512_permutex2var_epi16(a.low, odd, b.low));
     }
-    damaged[row] = sum_of_lanes(damage) == 0.0f ? 0 : 1;
+    damaged[row] = has_nan(damage) ? 1 : 0;
   }
 };
 

@@ -31,8 +31,7 @@ inline void quantize_row(
   int64_t at = 0;
   for (; at + 2 * Vec::kWidth <= size; at += 2 * Vec::kWidth) see(at, 0), see(at + Vec::kWidth, 1);
   for (; at < size; at += Vec::kWidth) see(at, 0);
-  const Vec damage = broken[0] + broken[1];
-  if (sum_of_lanes(damage) != 0.0f) {
+  if (has_nan(broken[0] + broken[1])) {
     for (int64_t i = 0; i < size; i += Vec::kWidth) Dot::store_inputs(Vec::zero(), 0, to.at(row, i));
     to.scale[row] = __builtin_nanf("");
     to.zero_point[row] = 0;

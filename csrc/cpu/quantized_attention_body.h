@@ -35,7 +35,7 @@ PACKEDBERT_INLINE float quantize_symmetric(const float* x, int64_t size, const P
     top = max(top, abs(load(i)));
     damage = fma(Vec::zero(), load(i), damage);
   }
-  const bool sound = sum_of_lanes(damage) == 0.0f;
+  const bool sound = !has_nan(damage);
   const float largest = max_of_lanes(top) / 127.0f;
   const float scale = largest > kMinScale ? largest : kMinScale;
   const Vec factor = Vec::broadcast(sound ? 1.0f / scale : 0.0f);

@@ -53,6 +53,9 @@ PACKEDBERT_INLINE Vec exp2_of_integer(Vec n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.value), _mm256_set1_epi32(127));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
 }
+PACKEDBERT_INLINE bool has_nan(Vec a) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.value, a.value, _CMP_UNORD_Q)) != 0;
+}
 PACKEDBERT_INLINE float first_lane(Vec a) { return _mm256_cvtss_f32(a.value); }
 PACKEDBERT_INLINE float sum_of_lanes(Vec a) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a.value), _mm256_extractf128_ps(a.value, 1));

@@ -82,6 +82,12 @@ PACKEDBERT_INLINE Vec exp2_of_integer(Vec n) {
   return {(Vec::Lanes)(biased << 23)};
 }
 
+// Whether a lane is a NaN.
+PACKEDBERT_INLINE bool has_nan(Vec a) {
+  bool found = false;
+  for (int64_t i = 0; i < Vec::kWidth; ++i) found = found || a.value[i] != a.value[i];
+  return found;
+}
 PACKEDBERT_INLINE float first_lane(Vec a) { return a.value[0]; }
 PACKEDBERT_INLINE float sum_of_lanes(Vec a) { return (a.value[0] + a.value[1]) + (a.value[2] + a.value[3]); }
 
