@@ -44,9 +44,7 @@ def series(
     Of two calls the second one counts: the first one finds the caches full of the other points' weights.
     """
     data = [padded(structure, lengths, to) for _, _, lengths, to in points]
-    calls = {
-        (counts, i): lambda _, i=i: points[i][1](*data[i]) for i in range(len(points)) for counts in (False, True)
-    }
+    calls = {(counts, i): lambda _, i=i: points[i][1](*data[i]) for i in range(len(points)) for counts in (False, True)}
     slowest = max(statistics.median(seconds) for seconds in bench.interleaved(calls, 1, warmup=1).values())
     times = bench.interleaved(calls, max(LEAST, min(MOST, int(BUDGET / slowest))), warmup=0)
     for index, (peer, _, lengths, to) in enumerate(points):

@@ -85,7 +85,10 @@ constexpr long kTileSteps = 5'000'000;
 void tile_halves() {
   _tile_loadconfig(&shapes);
   for (long step = 0; step < kTileSteps; ++step) {
-    _tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7), _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
   _tile_release();
 }
@@ -93,7 +96,10 @@ void tile_halves() {
 void tile_bytes() {
   _tile_loadconfig(&shapes);
   for (long step = 0; step < kTileSteps; ++step) {
-    _tile_dpbusd(0, 4, 6), _tile_dpbusd(1, 4, 7), _tile_dpbusd(2, 5, 6), _tile_dpbusd(3, 5, 7);
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
   }
   _tile_release();
 }

@@ -101,7 +101,7 @@ def in_another_order(states, mask, weights, heads, order):
 
 @given(st.integers(1, 70), st.integers(1, 40), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=3))
 def test_encoder_of_any_width(hidden, head_size, layers):
-    """Without a norm that scales, layers amplify each rounding: PyTorch's own error depends on the order of its sums."""
+    """Layers without a norm that scales amplify each rounding: PyTorch's own error depends on the order of its sums."""
     heads, widths = [h for h, _ in layers], [w for _, w in layers]
     states, mask, weights, heads = encoder_case(2, 20, [20, 7], hidden, heads, widths, head_size)
     got = native(states, mask, weights, heads, norm="no_norm")
