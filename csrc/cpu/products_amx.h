@@ -6,7 +6,7 @@
 // rate of AVX-512: a float is exactly the sum of three of them (8 + 8 + 8 bits), x = h + m + l, and
 //     x y = h h' + h m' + m h' + h l' + m m' + l h' + less than 2^-21 |x y|
 // (Henry, Tang and Heinecke, arXiv 1904.06376). TDPBF16PS adds the products up in float, so a result is as
-// exact as an FMA's; but it takes subnormal numbers, in and out, as 0.
+// exact as an FMA's; but it takes subnormal numbers, parts and products among them, as 0.
 
 #include "cpu/multiply_tile.h"
 #include "cpu/vec_math.h"
@@ -26,6 +26,7 @@ constexpr int64_t kRowStep = kTileRowsMost;
 // Of one tile: inputs in bytes and in bfloat16.
 constexpr int64_t kTileBytes = 64;
 constexpr int64_t kTileHalves = 32;
+constexpr int64_t kTileSize = kTileRowsMost * kTileHalves;
 
 // ------------------------------------------------------------------------------------------- tile registers
 
@@ -107,7 +108,7 @@ struct FloatRows {
     if (!scratch) return {values, stride, nullptr, nullptr, 0};
     return {values, stride, reinterpret_cast<int32_t*>(scratch),
             reinterpret_cast<uint16_t*>(scratch + whole_lines(rows)),
-            ceil_div(in_features, kTileHalves) * kPlanes * kTileRowsMost * kTileHalves};
+            ceil_div(in_features, kTileHalves) * kPlanes * kTileSize};
   }
 
   void prepare(int64_t row, int64_t in_features) const {
@@ -118,10 +119,9 @@ struct FloatRows {
     alignas(64) static constexpr uint16_t order[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                        23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
                                                        45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    constexpr int64_t kTile = kTileRowsMost * kTileHalves;
     const __m512i odd = _mm512_load_si512(order);
     Vec damage = Vec::zero();
-    for (int64_t i = 0; i < in_features; i += kTileHalves, to += kPlanes * kTile) {
+    for (int64_t i = 0; i < in_features; i += kTileHalves, to += kPlanes * kTileSize) {
       const int64_t left = in_features - i;
       const auto load = [&](int64_t j) PACKEDBERT_INLINE_LAMBDA {
         if (left >= kTileHalves) return Vec::load(x + i + j);
@@ -131,8 +131,8 @@ struct FloatRows {
       const Split b(load(Vec::kWidth).value);
       damage = fma(Vec::zero(), Vec{Split::value(a.high)} + Vec{Split::value(b.high)}, damage);
       _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a.high, odd, b.high));
-      _mm512_storeu_si512(to + kTile, _mm512_permutex2var_epi16(a.middle, odd, b.middle));
-      _mm512_storeu_si512(to + 2 * kTile, _mm512_permutex2var_epi16(a.low, odd, b.low));
+      _mm512_storeu_si512(to + kTileSize, _mm512_permutex2var_epi16(a.middle, odd, b.middle));
+      _mm512_storeu_si512(to + 2 * kTileSize, _mm512_permutex2var_epi16(a.low, odd, b.low));
     }
     damaged[row] = has_nan(damage) ? 1 : 0;
   }
@@ -140,7 +140,6 @@ struct FloatRows {
 
 // The weights of a step, kTileHalves inputs, split: [kPlanes, two tiles], a row of which has 16 columns'
 // pairs of inputs.
-constexpr int64_t kTileSize = kTileRowsMost * kTileHalves;
 constexpr int64_t kStepSize = kPlanes * 2 * kTileSize;
 
 // To be alive on a thread while it multiplies.
@@ -357,7 +356,7 @@ struct QuantizedRows {
 
 // sums [rows of a strip, kPanelWidth] of products of bytes.
 //   inputs: its first tile, and with kTwo `below` more the second one; panel [steps, kTileRowsMost,
-//   kPanelWidth, kGroup]; tail: another step of it, or null; ahead: as above.
+//   kPanelWidth, kGroup]; tail: another step of it, or null; ahead: memory to prefetch, `lines` a step.
 template <bool kTwo>
 inline void multiply_byte_strip(const uint8_t* inputs,
                                 int64_t below,
