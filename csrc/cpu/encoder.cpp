@@ -118,7 +118,7 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
 
 void wait_for(const SharedStep& step, int64_t count) {
   // What is left is about as much as was done here: soon over, unless its thread has lost its core.
-  constexpr int kPatience = 2000;
+  constexpr int kPatience = 200;
   for (int turn = 0; __atomic_load_n(&step.done, __ATOMIC_ACQUIRE) < count; ++turn) {
     if (turn > kPatience) std::this_thread::yield();
 #if PACKEDBERT_X86

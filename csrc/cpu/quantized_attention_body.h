@@ -64,7 +64,7 @@ inline void place_quantized(const QuantizedKeysValues& to,
         keys_values + head * heads.size, heads.size, [&](int64_t i, Vec integers) PACKEDBERT_INLINE_LAMBDA {
           sum = sum + integers;
           alignas(64) int8_t bytes[Vec::kWidth];
-          integers.store_bytes(bytes);
+          store_bytes(integers, bytes);
           const int64_t end = smaller(Vec::kWidth, groups * kGroup - i);
           for (int64_t j = 0; j < end; j += kGroup)
             __builtin_memcpy(key + (i + j) * kPanelWidth, bytes + j, kGroup);
@@ -77,7 +77,7 @@ inline void place_quantized(const QuantizedKeysValues& to,
           const int64_t panel = head * panel_count(heads.size) + d / kPanelWidth;
           int8_t* value = to.values + (panel * batch.key_slots + slot / kGroup * kGroup) * kPanelWidth +
                           d % kPanelWidth * kGroup + slot % kGroup;
-          integers.store_every_fourth_byte(value, smaller(Vec::kWidth, heads.size - d));
+          store_every_fourth_byte(integers, value, smaller(Vec::kWidth, heads.size - d));
         });
   }
 }

@@ -22,16 +22,6 @@ struct Vec {
   PACKEDBERT_INLINE void store_integers(int32_t* to) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_cvtps_epi32(value));
   }
-  PACKEDBERT_INLINE void store_bytes(int8_t* to) const {
-    int32_t integers[kWidth];
-    store_integers(integers);
-    for (int64_t i = 0; i < kWidth; ++i) to[i] = static_cast<int8_t>(integers[i]);
-  }
-  PACKEDBERT_INLINE void store_every_fourth_byte(int8_t* to, int64_t count) const {
-    int32_t integers[kWidth];
-    store_integers(integers);
-    for (int64_t i = 0; i < count; ++i) to[4 * i] = static_cast<int8_t>(integers[i]);
-  }
   PACKEDBERT_INLINE void store(float* to) const { _mm256_storeu_ps(to, value); }
   PACKEDBERT_INLINE void store_partial(float* to, int64_t count) const {
     _mm256_maskstore_ps(to, first(count), value);
@@ -67,3 +57,5 @@ PACKEDBERT_INLINE float max_of_lanes(Vec a) {
   top = _mm_max_ps(top, _mm_movehl_ps(top, top));
   return _mm_cvtss_f32(_mm_max_ss(top, _mm_shuffle_ps(top, top, 1)));
 }
+
+#include "cpu/vec_bytes.h"

@@ -21,13 +21,6 @@ struct Vec {
   PACKEDBERT_INLINE void store_integers(int32_t* to) const {
     _mm512_storeu_si512(to, _mm512_cvtps_epi32(value));
   }
-  PACKEDBERT_INLINE void store_bytes(int8_t* to) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)));
-  }
-  PACKEDBERT_INLINE void store_every_fourth_byte(int8_t* to, int64_t count) const {
-    const __mmask64 lowest = 0x1111111111111111 & _cvtu64_mask64(~0ull >> (64 - 4 * count));
-    _mm512_mask_storeu_epi8(to, lowest, _mm512_cvtps_epi32(value));
-  }
   PACKEDBERT_INLINE void store(float* to) const { _mm512_storeu_ps(to, value); }
   PACKEDBERT_INLINE void store_partial(float* to, int64_t count) const {
     _mm512_mask_storeu_ps(to, first(count), value);
@@ -53,3 +46,12 @@ PACKEDBERT_INLINE bool has_nan(Vec a) { return _mm512_cmp_ps_mask(a.value, a.val
 PACKEDBERT_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.value); }
 PACKEDBERT_INLINE float sum_of_lanes(Vec a) { return _mm512_reduce_add_ps(a.value); }
 PACKEDBERT_INLINE float max_of_lanes(Vec a) { return _mm512_reduce_max_ps(a.value); }
+
+// As in vec_bytes.h.
+PACKEDBERT_INLINE void store_bytes(Vec x, int8_t* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.value)));
+}
+PACKEDBERT_INLINE void store_every_fourth_byte(Vec x, int8_t* to, int64_t count) {
+  const __mmask64 lowest = 0x1111111111111111 & _cvtu64_mask64(~0ull >> (64 - 4 * count));
+  _mm512_mask_storeu_epi8(to, lowest, _mm512_cvtps_epi32(x.value));
+}

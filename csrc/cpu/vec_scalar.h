@@ -34,18 +34,6 @@ struct Vec {
     const IntegerLanes integers = __builtin_convertvector(value, IntegerLanes);
     __builtin_memcpy(to, &integers, sizeof(integers));
   }
-  // Of integers -128..127: one byte each, side by side; and of the first `count` lanes into every fourth
-  // byte.
-  PACKEDBERT_INLINE void store_bytes(int8_t* to) const {
-    int32_t integers[kWidth];
-    store_integers(integers);
-    for (int64_t i = 0; i < kWidth; ++i) to[i] = static_cast<int8_t>(integers[i]);
-  }
-  PACKEDBERT_INLINE void store_every_fourth_byte(int8_t* to, int64_t count) const {
-    int32_t integers[kWidth];
-    store_integers(integers);
-    for (int64_t i = 0; i < count; ++i) to[4 * i] = static_cast<int8_t>(integers[i]);
-  }
   PACKEDBERT_INLINE void store(float* to) const { __builtin_memcpy(to, &value, sizeof(value)); }
   PACKEDBERT_INLINE void store_partial(float* to, int64_t count) const {
     float lanes[kWidth];
@@ -97,3 +85,5 @@ PACKEDBERT_INLINE float max_of_lanes(Vec a) {
   for (int64_t i = 1; i < Vec::kWidth; ++i) top = a.value[i] > top ? a.value[i] : top;
   return top;
 }
+
+#include "cpu/vec_bytes.h"
