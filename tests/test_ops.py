@@ -113,6 +113,19 @@ def test_an_infinite_weight_or_input_is_never_hidden(isa):
     assert torch.isfinite(got[torch.arange(40) != 7][:, torch.arange(33) != 3]).all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1], ids=hex)
+def test_no_nan_becomes_a_number(isa, bits):
+    """Whatever its other bits are: rounding some of them carries into the sign."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    single = in_float32(linear_arguments(40, 70, 33, "none", "none", residual=False))
+    single["weight"][3, 5] = nan
+    single["input"][7, 2] = nan
+    got = ops.packed_linear(**prepacked(single))
+    assert got[:, 3].isnan().all()
+    assert got[7].isnan().all()
+    assert torch.isfinite(got[torch.arange(40) != 7][:, torch.arange(33) != 3]).all()
+
+
 def test_packed_linear_takes_leading_dimensions_and_strides():
     exact = linear_arguments(rows=12, residual=False)
     single = prepacked(in_float32(exact))
