@@ -3,7 +3,6 @@
 #include "cpu/encoder.h"
 
 #include <algorithm>
-#include <thread>
 
 #include "cpu/isa.h"
 
@@ -114,17 +113,6 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
   plan.step_count = (encoder.layer_count + 1) * kMostSteps;
   plan.steps = place(plan.step_count * static_cast<int64_t>(sizeof(SharedStep) / sizeof(float)));
   return plan;
-}
-
-void wait_for(const SharedStep& step, int64_t count) {
-  // What is left is about as much as was done here: soon over, unless its thread has lost its core.
-  constexpr int kPatience = 200;
-  for (int turn = 0; __atomic_load_n(&step.done, __ATOMIC_ACQUIRE) < count; ++turn) {
-    if (turn > kPatience) std::this_thread::yield();
-#if PACKEDBERT_X86
-    __builtin_ia32_pause();
-#endif
-  }
 }
 
 void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for) {

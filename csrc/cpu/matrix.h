@@ -45,17 +45,17 @@ constexpr int64_t quantized_rows_size(int64_t rows, int64_t in_features) {
 }
 
 // For one in float where it is multiplied in tiles (products_amx.h): whether a row has a NaN or an infinity,
-// and its values as the sums of kPlanes values in bfloat16, one row of each after the other.
+// and its values as the sums of kPlanes values in bfloat16, those of whole lines.
 inline constexpr int64_t kPlanes = 3;
-constexpr int64_t split_stride(int64_t in_features) { return odd_lines(2 * in_features) / 2; }
 constexpr int64_t split_rows_size(int64_t rows, int64_t in_features) {
-  return whole_lines(rows) + rows * kPlanes * split_stride(in_features) / 2;
+  const int64_t line = 2 * kLine;  // of bfloat16
+  return whole_lines(rows) + rows * kPlanes * ((in_features + line - 1) / line * kLine);
 }
 
-// A tile has up to so many rows, half of which may be more than there are: they are read, and ignored.
+// Tiles are read so many rows at a time, also those beyond the last one: these are ignored.
 inline constexpr int64_t kStripRows = 32;
 
-// The scratch that `isa` wants for `rows` inputs of `matrix`, none narrower than `in_features`.
+// The scratch that `isa` wants for `rows` inputs of a matrix, in floats.
 constexpr int64_t prepared_rows_size(Isa isa, bool quantized, int64_t rows, int64_t in_features) {
   const bool tiles = isa == Isa::avx512_amx;
   const int64_t room = tiles ? rows + kStripRows : rows;

@@ -8,8 +8,10 @@
 // (Henry, Tang and Heinecke, arXiv 1904.06376). TDPBF16PS adds the products up in float, so a result is as
 // exact as an FMA's; but it takes subnormal numbers, parts and products among them, as 0.
 
-#include "cpu/multiply_tile.h"
+// clang-format off: each builds on the one before
 #include "cpu/vec_math.h"
+#include "cpu/multiply_tile.h"
+// clang-format on
 
 // A strip is up to kStripRows rows, two tiles of inputs, and meets two tiles of weights, a panel's width:
 // each tile that is loaded takes part in two products at least.

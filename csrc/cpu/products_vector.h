@@ -2,8 +2,10 @@
 // over Vec and Dot. Included inside the namespace and the target region of one instruction set, after its
 // dot_*.h. products_amx.h is the other one of this interface.
 
-#include "cpu/multiply_tile.h"
+// clang-format off: each builds on the one before
 #include "cpu/vec_math.h"
+#include "cpu/multiply_tile.h"
+// clang-format on
 
 // The inputs of a quantized matrix.
 struct QuantizedRows {
@@ -21,8 +23,10 @@ struct QuantizedRows {
   PACKEDBERT_INLINE Dot::Input* at(int64_t row, int64_t i) const { return values + row * stride + i; }
 };
 
-#include "cpu/multiply_quantized.h"
+// clang-format off
 #include "cpu/quantize_rows.h"
+#include "cpu/multiply_quantized.h"
+// clang-format on
 
 // The rows of one unit of a linear layer's work, and the queries that attention takes at a time.
 constexpr int64_t kUnitRows = kTileRows;
