@@ -92,6 +92,28 @@ struct Split {
   }
 };
 
+// So many inputs are added up in tiles; longer sums in blocks, which rounds less.
+constexpr int64_t kSumDepth = 768;
+
+// Which inputs of a block a step multiplies: a few of each of its quarters, while there are whole steps of
+// them. Neighbouring inputs would be one page of weights a step, and the processor, which reads ahead within
+// a page and only 20 lines (Intel 64 and IA-32 Architectures Optimization Reference Manual, "Data
+// Prefetching"), would begin anew with every step: that took 1.15 to 1.2 times as long at 32 to 128 tokens.
+constexpr int64_t kQuarter = kTileHalves / 4;
+struct StepInputs {
+  int64_t first;
+  int64_t stride;  // from those of one quarter to those of the next
+  int64_t count;   // kTileHalves, or fewer
+
+  PACKEDBERT_INLINE StepInputs(int64_t step, int64_t depth) {
+    const int64_t whole = depth / kTileHalves;
+    const bool last = step >= whole;
+    first = last ? whole * kTileHalves : step * kQuarter;
+    stride = last ? kQuarter : whole * kQuarter;
+    count = last ? depth - first : kTileHalves;
+  }
+};
+
 // The inputs of a product in float, split.
 struct FloatRows {
   static constexpr bool kPrepared = true;
@@ -123,18 +145,26 @@ struct FloatRows {
                                                        45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     const __m512i odd = _mm512_load_si512(order);
     Vec damage = Vec::zero();
-    for (int64_t i = 0; i < in_features; i += kTileHalves, to += kPlanes * kTileSize) {
-      const int64_t left = in_features - i;
-      const auto load = [&](int64_t j) PACKEDBERT_INLINE_LAMBDA {
-        if (left >= kTileHalves) return Vec::load(x + i + j);
-        return left > j ? Vec::load_partial(x + i + j, smaller(Vec::kWidth, left - j)) : Vec::zero();
-      };
-      const Split a(load(0).value);
-      const Split b(load(Vec::kWidth).value);
-      damage = fma(Vec::zero(), Vec{Split::value(a.high)} + Vec{Split::value(b.high)}, damage);
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a.high, odd, b.high));
-      _mm512_storeu_si512(to + kTileSize, _mm512_permutex2var_epi16(a.middle, odd, b.middle));
-      _mm512_storeu_si512(to + 2 * kTileSize, _mm512_permutex2var_epi16(a.low, odd, b.low));
+    for (int64_t k = 0; k < in_features; k += kSumDepth) {
+      const int64_t depth = smaller(kSumDepth, in_features - k);
+      for (int64_t step = 0; step < ceil_div(depth, kTileHalves); ++step, to += kPlanes * kTileSize) {
+        const StepInputs inputs(step, depth);
+        const auto load = [&](int64_t quarter) PACKEDBERT_INLINE_LAMBDA {
+          const float* from = x + k + inputs.first + quarter * inputs.stride;
+          const int64_t left = inputs.count - quarter * kQuarter;
+          if (left >= kQuarter) return _mm256_loadu_ps(from);
+          return _mm256_maskz_loadu_ps(static_cast<__mmask8>(left > 0 ? (1 << left) - 1 : 0), from);
+        };
+        const auto load_two = [&](int64_t quarter) PACKEDBERT_INLINE_LAMBDA {
+          return _mm512_insertf32x8(_mm512_castps256_ps512(load(quarter)), load(quarter + 1), 1);
+        };
+        const Split a(load_two(0));
+        const Split b(load_two(2));
+        damage = fma(Vec::zero(), Vec{Split::value(a.high)} + Vec{Split::value(b.high)}, damage);
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a.high, odd, b.high));
+        _mm512_storeu_si512(to + kTileSize, _mm512_permutex2var_epi16(a.middle, odd, b.middle));
+        _mm512_storeu_si512(to + 2 * kTileSize, _mm512_permutex2var_epi16(a.low, odd, b.low));
+      }
     }
     damaged[row] = has_nan(damage) ? 1 : 0;
   }
@@ -156,11 +186,29 @@ struct ProductScope {
   const float* ready = nullptr;  // whose weights are in weights[turn]
 };
 
+// Where the weights of a step lie in a block of a panel; null where there are none.
+struct StepWeights {
+  const float* from;  // [4, kQuarter, kPanelWidth], `stride` from quarter to quarter
+  int64_t stride;
+  int64_t inputs;  // kTileHalves, or fewer
+
+  static PACKEDBERT_INLINE StepWeights of(const float* block, int64_t depth, int64_t step) {
+    if (!block) return {nullptr, 0, 0};
+    const StepInputs inputs(step, depth);
+    return {block + inputs.first * kPanelWidth, inputs.stride * kPanelWidth, inputs.count};
+  }
+  PACKEDBERT_INLINE bool whole() const { return inputs == kTileHalves; }
+  PACKEDBERT_INLINE const float* at(int64_t pair) const {
+    constexpr int64_t kPairs = kQuarter / 2;
+    return from + pair / kPairs * stride + pair % kPairs * 2 * kPanelWidth;
+  }
+};
+
 // The weights of a step on their way into tiles.
 struct StepSplitter {
-  const float* from;  // [inputs, kPanelWidth]; null: there are none
-  int64_t inputs;     // kTileHalves, or fewer: the others are 0
+  StepWeights weights;
   uint16_t* to;       // [kStepSize]
+  StepWeights ahead;  // to be brought to the first-level cache, a whole step
 
   // Of a pair of inputs.
   static PACKEDBERT_INLINE void split(__m512 x, __m512 y, uint16_t* row) {
@@ -180,26 +228,27 @@ struct StepSplitter {
   // Pairs [kBegin, kEnd).
   template <int kBegin, int kEnd>
   PACKEDBERT_INLINE void split_pairs() const {
-    if (inputs == kTileHalves) {
+    if (!weights.whole()) return split_last_pairs(kBegin, kEnd);
+    PACKEDBERT_UNROLL
+    for (int64_t pair = kBegin; pair < kEnd; ++pair) {
       PACKEDBERT_UNROLL
-      for (int64_t pair = kBegin; pair < kEnd; ++pair) {
-        PACKEDBERT_UNROLL
-        for (int64_t half = 0; half < 2; ++half) {
-          const float* x = from + 2 * pair * kPanelWidth + half * Vec::kWidth;
-          split(_mm512_loadu_ps(x), _mm512_loadu_ps(x + kPanelWidth),
-                to + half * kTileSize + pair * kTileHalves);
-        }
+      for (int64_t line = 0; line < 2 * kPanelWidth; line += kLine)
+        __builtin_prefetch(ahead.at(pair) + line, 0, 3);
+      PACKEDBERT_UNROLL
+      for (int64_t half = 0; half < 2; ++half) {
+        const float* x = weights.at(pair) + half * Vec::kWidth;
+        split(_mm512_loadu_ps(x), _mm512_loadu_ps(x + kPanelWidth),
+              to + half * kTileSize + pair * kTileHalves);
       }
-    } else if (from) {
-      split_last_pairs(kBegin, kEnd);
     }
   }
+  // The same, with 0 for the inputs that there are not.
   void split_last_pairs(int64_t begin, int64_t end) const {
-    for (int64_t pair = begin; pair < end; ++pair) {
+    for (int64_t pair = begin; pair < end && weights.from; ++pair) {
       for (int64_t half = 0; half < 2; ++half) {
-        const float* x = from + 2 * pair * kPanelWidth + half * Vec::kWidth;
-        split(2 * pair < inputs ? _mm512_loadu_ps(x) : _mm512_setzero_ps(),
-              2 * pair + 1 < inputs ? _mm512_loadu_ps(x + kPanelWidth) : _mm512_setzero_ps(),
+        const float* x = weights.at(pair) + half * Vec::kWidth;
+        split(2 * pair < weights.inputs ? _mm512_loadu_ps(x) : _mm512_setzero_ps(),
+              2 * pair + 1 < weights.inputs ? _mm512_loadu_ps(x + kPanelWidth) : _mm512_setzero_ps(),
               to + half * kTileSize + pair * kTileHalves);
       }
     }
@@ -250,37 +299,37 @@ PACKEDBERT_INLINE void multiply_step(const Strip& strip, const uint16_t* weights
   load_inputs(0), multiply(), next.split_pairs<14, 16>();
 }
 
-// So many inputs are added up in tiles; longer sums in blocks, which rounds less.
-constexpr int64_t kSumDepth = 768;
-
 // sums [rows of a strip, kPanelWidth] = inputs panel^T, panel [depth, kPanelWidth], depth > 0.
 // The weights of a step are split while those of the one before are multiplied, so that they never leave the
 // first-level cache. Every strip does it anew: splitting them once, for all strips, was slower, because they
 // came from the second-level cache then.
-//   next: the weights after these, whose first step has next_inputs; or null.
+//   next: the block of weights after these, of next_depth inputs; or null.
 template <bool kTwo>
 void multiply_strip(Strip strip,
                     const float* panel,
                     int64_t depth,
                     const float* next,
-                    int64_t next_inputs,
+                    int64_t next_depth,
                     float* sums,
                     int64_t sums_stride,
                     ProductScope& scope) {
-  int turn = scope.turn;
+  const int64_t steps = ceil_div(depth, kTileHalves);
+  const auto weights = [&](int64_t step) PACKEDBERT_INLINE_LAMBDA {
+    return step < steps ? StepWeights::of(panel, depth, step)
+                        : StepWeights::of(next, next_depth, step - steps);
+  };
   if (scope.ready != panel)
-    StepSplitter{panel, smaller(kTileHalves, depth), scope.weights[turn]}.split_last_pairs(0, kTileRowsMost);
+    StepSplitter{weights(0), scope.weights[scope.turn], weights(0)}.split_last_pairs(0, kTileRowsMost);
   zero_sums<kTwo>();
-  int64_t left = depth - kTileHalves;
-  for (; left > 0; left -= kTileHalves, turn = 1 - turn, strip.inputs += kPlanes * kTileSize) {
-    panel += kTileHalves * kPanelWidth;
-    multiply_step<kTwo>(strip, scope.weights[turn],
-                        {panel, smaller(kTileHalves, left), scope.weights[1 - turn]});
+  for (int64_t step = 0; step < steps; ++step, strip.inputs += kPlanes * kTileSize) {
+    StepWeights ahead = weights(step + 2);
+    if (!ahead.whole()) ahead = weights(0);
+    const uint16_t* ready = scope.weights[scope.turn];
+    scope.turn = 1 - scope.turn;
+    multiply_step<kTwo>(strip, ready, {weights(step + 1), scope.weights[scope.turn], ahead});
   }
-  multiply_step<kTwo>(strip, scope.weights[turn], {next, next ? next_inputs : 0, scope.weights[1 - turn]});
   store_sums<kTwo>(sums, sums_stride * 4);
   scope.ready = next;
-  scope.turn = 1 - turn;
 }
 
 // As in products_vector.h. Rows with a NaN or an infinity, which a difference would make a NaN at once, are
@@ -314,8 +363,8 @@ inline void multiply_floats(const FloatRows& rows,
       const Strip strip{inputs + k * kPlanes * kTileRowsMost, rows.tile_size};
       const int64_t after = k + kSumDepth;
       const float* next = after < depth ? panel + after * kPanelWidth : next_strip;
-      const int64_t next_inputs = smaller(kTileHalves, after < depth ? depth - after : depth);
-      multiply(strip, panel + k * kPanelWidth, smaller(kSumDepth, depth - k), next, next_inputs,
+      const int64_t next_depth = smaller(kSumDepth, after < depth ? depth - after : depth);
+      multiply(strip, panel + k * kPanelWidth, smaller(kSumDepth, depth - k), next, next_depth,
                k == 0 ? sums : more, k == 0 ? tile_stride : kPanelWidth, scope);
       for (int64_t i = 0; k > 0 && i < smaller(kStripRows, count - row); ++i) {
         for (int64_t j = 0; j < kPanelWidth; j += Vec::kWidth) {
