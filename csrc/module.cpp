@@ -1,11 +1,13 @@
-// The Python module packedbert._C: a few functions about the processor. Importing it also registers the ops
-// of ops*.cpp. It keeps to Python's limited API, so that one file serves every Python from 3.10 on.
+// The Python module packedbert._C: functions about the processor, and release_encoder. Importing it also
+// registers the ops of ops*.cpp. It keeps to Python's limited API, so that one file serves every Python
+// from 3.10 on.
 #include <Python.h>
 
 #include <cstring>
 #include <string>
 
 #include "cpu/isa.h"
+#include "ops_encoder.h"
 #include "packed_layout.h"
 
 namespace {
@@ -53,6 +55,13 @@ PyObject* cuda_built(PyObject*, PyObject*) {
 #endif
 }
 
+PyObject* release_encoder(PyObject*, PyObject* argument) {
+  const long long key = PyLong_AsLongLong(argument);
+  if (key == -1 && PyErr_Occurred()) return nullptr;
+  packedbert::release_encoder(key);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"available_isas", available_isas, METH_NOARGS,
      "available_isas() -> list[str]\n\nThe instruction sets that this machine runs, slowest first."},
@@ -62,6 +71,8 @@ PyMethodDef methods[] = {
      "it."},
     {"cuda_built", cuda_built, METH_NOARGS,
      "cuda_built() -> bool\n\nWhether this file has the CUDA kernels."},
+    {"release_encoder", release_encoder, METH_O,
+     "release_encoder(key: int) -> None\n\nForget what the op prepare_encoder returned this key for."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,6 +1,11 @@
-// The kernels of pruned_attention and encoder_prepacked as torch sees them; see ops.cpp.
+// The kernels of pruned_attention and of the encoder as torch sees them; see ops.cpp.
+#include "ops_encoder.h"
+
 #include <algorithm>
 #include <initializer_list>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -92,18 +97,19 @@ Tensor pruned_attention_cpu(const Tensor& qkv,
 
 // ---------------------------------------------------------------- encoder_prepacked
 
-constexpr const char* kEncoder = "encoder_prepacked";
+constexpr const char* kEncoderPrepacked = "encoder_prepacked";
 constexpr size_t kTensorsOfALayer = 12;  // reference.LayerWeights
 
 // Checks one tensor after the other of the flat list of weights. There are 144 of them in a BERT-base, so a
 // tensor that fits costs no allocation.
 struct WeightReader {
+  const char* op;
   const std::vector<Tensor>& weights;
   size_t at = 0;
 
   [[noreturn]] void refuse(const std::string& expected, const std::string& got) const {
     const std::string name = "weights[" + std::to_string(at) + "]";
-    fail(kEncoder, name.c_str(), expected, got);
+    fail(op, name.c_str(), expected, got);
   }
 
   const float* next(std::initializer_list<int64_t> shape) {
@@ -124,7 +130,7 @@ struct WeightReader {
     const Tensor& tensor = weights[at];
     if (tensor.scalar_type() == ScalarType::Char) {
       const std::string name = "weights[" + std::to_string(at) + "]";
-      check_quantized(kEncoder, name.c_str(), tensor, out_features, in_features);
+      check_quantized(op, name.c_str(), tensor, out_features, in_features);
       ++at;
     } else {
       next({panel_count(out_features), in_features, kPanelWidth});
@@ -139,23 +145,24 @@ struct WeightReader {
   }
 };
 
-std::vector<cpu::EncoderLayer> take_layers(const std::vector<Tensor>& weights,
+std::vector<cpu::EncoderLayer> take_layers(const char* op,
+                                           const std::vector<Tensor>& weights,
                                            const std::vector<int64_t>& num_heads,
                                            int64_t hidden,
                                            const std::string& attention) {
   if (weights.size() != kTensorsOfALayer * num_heads.size()) {
-    fail(kEncoder, "weights",
+    fail(op, "weights",
          std::to_string(kTensorsOfALayer * num_heads.size()) + " tensors for " +
              std::to_string(num_heads.size()) + " layers",
          std::to_string(weights.size()));
   }
   std::vector<cpu::EncoderLayer> layers;
   layers.reserve(num_heads.size());
-  WeightReader read{weights};
+  WeightReader read{op, weights};
   for (const int64_t count : num_heads) {
     const int64_t qkv = read.peek(1);
     if (count < 0 || (count == 0 ? qkv != 0 : qkv % (3 * count) != 0)) {
-      fail(kEncoder, "num_heads", "a divisor of a third of " + std::to_string(qkv) + " qkv features",
+      fail(op, "num_heads", "a divisor of a third of " + std::to_string(qkv) + " qkv features",
            std::to_string(count));
     }
     const cpu::Heads heads{count, count == 0 ? 0 : qkv / (3 * count)};
@@ -163,7 +170,7 @@ std::vector<cpu::EncoderLayer> take_layers(const std::vector<Tensor>& weights,
     layers.push_back({
         .heads = heads,
         // A layer whose projections are not quantized was found to need float.
-        .quantized_attention = parse_precision(kEncoder, "attention", attention, heads.size) &&
+        .quantized_attention = parse_precision(op, "attention", attention, heads.size) &&
                                weights[read.at].scalar_type() == ScalarType::Char,
         .qkv_weight = read.matrix(qkv, hidden),
         .qkv_bias = read.vector(qkv),
@@ -182,26 +189,22 @@ std::vector<cpu::EncoderLayer> take_layers(const std::vector<Tensor>& weights,
   return layers;
 }
 
-Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
-                             const std::optional<Tensor>& attention_mask,
-                             const std::vector<Tensor>& weights,
-                             const std::vector<int64_t>& num_heads,
-                             StringHandle activation_handle,
-                             StringHandle norm_handle,
-                             double eps,
-                             StringHandle attention_handle) {
-  const char* op = kEncoder;
-  const std::string activation_name = take_string(activation_handle);
-  const std::string norm_name = take_string(norm_handle);
-  const std::string attention = take_string(attention_handle);
-  check_float32(op, "hidden_states", hidden_states);
-  if (hidden_states.dim() != 3) {
-    fail(op, "hidden_states", "[batch, length, hidden_size]", to_string(shape_of(hidden_states)));
-  }
+// The weights of an encoder, checked, and what else does not change from call to call.
+struct EncoderWeights {
+  std::vector<Tensor> tensors;  // own what `layers` points to
+  std::vector<cpu::EncoderLayer> layers;
+  int64_t hidden_size;
+  Activation activation;
+  Norm norm;
+  float eps;
+};
+
+Tensor run_encoder(const char* op,
+                   const EncoderWeights& weights,
+                   const Tensor& hidden_states,
+                   const std::optional<Tensor>& attention_mask) {
   const int64_t sequences = hidden_states.size(0);
   const int64_t length = hidden_states.size(1);
-  const int64_t hidden = hidden_states.size(2);
-  const std::vector<cpu::EncoderLayer> layers = take_layers(weights, num_heads, hidden, attention);
   const Tensor input =
       hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
 
@@ -225,12 +228,12 @@ Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
                          : torch::stable::new_empty(input, shape_of(input));
   const cpu::Encoder encoder{
       .batch = batch.view(),
-      .hidden_size = hidden,
-      .layer_count = static_cast<int64_t>(layers.size()),
-      .layers = layers.data(),
-      .activation = parse_activation(op, activation_name),
-      .norm = parse_norm(op, norm_name),
-      .eps = static_cast<float>(eps),
+      .hidden_size = weights.hidden_size,
+      .layer_count = static_cast<int64_t>(weights.layers.size()),
+      .layers = weights.layers.data(),
+      .activation = weights.activation,
+      .norm = weights.norm,
+      .eps = weights.eps,
       .rows = rows.data(),
       .input = input.const_data_ptr<float>(),
       .output = output.mutable_data_ptr<float>(),
@@ -242,10 +245,117 @@ Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
   return output;
 }
 
+void check_states(const char* op, const Tensor& hidden_states) {
+  check_float32(op, "hidden_states", hidden_states);
+  if (hidden_states.dim() != 3) {
+    fail(op, "hidden_states", "[batch, length, hidden_size]", to_string(shape_of(hidden_states)));
+  }
+}
+
+Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
+                             const std::optional<Tensor>& attention_mask,
+                             const std::vector<Tensor>& weights,
+                             const std::vector<int64_t>& num_heads,
+                             StringHandle activation_handle,
+                             StringHandle norm_handle,
+                             double eps,
+                             StringHandle attention_handle) {
+  const char* op = kEncoderPrepacked;
+  const std::string activation = take_string(activation_handle);
+  const std::string norm = take_string(norm_handle);
+  const std::string attention = take_string(attention_handle);
+  check_states(op, hidden_states);
+  const int64_t hidden_size = hidden_states.size(2);
+  const EncoderWeights checked{
+      .tensors = {},
+      .layers = take_layers(op, weights, num_heads, hidden_size, attention),
+      .hidden_size = hidden_size,
+      .activation = parse_activation(op, activation),
+      .norm = parse_norm(op, norm),
+      .eps = static_cast<float>(eps),
+  };
+  return run_encoder(op, checked, hidden_states, attention_mask);
+}
+
+// ---------------------------------------------------------------- prepare_encoder, encoder_prepared
+
+// The encoders that prepare_encoder was given, until release_encoder.
+struct PreparedEncoders {
+  std::mutex mutex;
+  std::map<int64_t, std::shared_ptr<const EncoderWeights>> of_key;
+  int64_t last_key = 0;
+
+  // Never destroyed: at the end of a process nobody knows whether torch is still there.
+  static PreparedEncoders& all() {
+    static PreparedEncoders& encoders = *new PreparedEncoders;
+    return encoders;
+  }
+};
+
+int64_t prepare_encoder_cpu(const std::vector<Tensor>& weights,
+                            const std::vector<int64_t>& num_heads,
+                            StringHandle activation_handle,
+                            StringHandle norm_handle,
+                            double eps,
+                            StringHandle attention_handle) {
+  const char* op = "prepare_encoder";
+  const std::string activation = take_string(activation_handle);
+  const std::string norm = take_string(norm_handle);
+  const std::string attention = take_string(attention_handle);
+  constexpr size_t kAttentionOutputBias = 3;
+  const bool known = weights.size() > kAttentionOutputBias && weights[kAttentionOutputBias].dim() == 1;
+  const int64_t hidden_size = known ? weights[kAttentionOutputBias].size(0) : 0;
+  auto checked = std::make_shared<EncoderWeights>(EncoderWeights{
+      .tensors = weights,
+      .layers = take_layers(op, weights, num_heads, hidden_size, attention),
+      .hidden_size = hidden_size,
+      .activation = parse_activation(op, activation),
+      .norm = parse_norm(op, norm),
+      .eps = static_cast<float>(eps),
+  });
+  PreparedEncoders& encoders = PreparedEncoders::all();
+  const std::lock_guard<std::mutex> lock(encoders.mutex);
+  encoders.of_key.emplace(++encoders.last_key, std::move(checked));
+  return encoders.last_key;
+}
+
+Tensor encoder_prepared_cpu(const Tensor& hidden_states,
+                            const std::optional<Tensor>& attention_mask,
+                            int64_t key) {
+  const char* op = "encoder_prepared";
+  std::shared_ptr<const EncoderWeights> weights;
+  {
+    PreparedEncoders& encoders = PreparedEncoders::all();
+    const std::lock_guard<std::mutex> lock(encoders.mutex);
+    const auto found = encoders.of_key.find(key);
+    if (found == encoders.of_key.end()) fail(op, "key", "one of prepare_encoder", std::to_string(key));
+    weights = found->second;
+  }
+  check_states(op, hidden_states);
+  if (hidden_states.size(2) != weights->hidden_size) {
+    fail(op, "hidden_states", "[batch, length, " + std::to_string(weights->hidden_size) + "]",
+         to_string(shape_of(hidden_states)));
+  }
+  return run_encoder(op, *weights, hidden_states, attention_mask);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(packedbert, CPU, m) {
   m.impl("pruned_attention", TORCH_BOX(&pruned_attention_cpu));
   m.impl("encoder_prepacked", TORCH_BOX(&encoder_prepacked_cpu));
+  m.impl("prepare_encoder", TORCH_BOX(&prepare_encoder_cpu));
+  m.impl("encoder_prepared", TORCH_BOX(&encoder_prepared_cpu));
 }
 
 }  // namespace
+
+void release_encoder(int64_t key) {
+  std::shared_ptr<const EncoderWeights> weights;  // destroyed after the lock
+  PreparedEncoders& encoders = PreparedEncoders::all();
+  const std::lock_guard<std::mutex> lock(encoders.mutex);
+  const auto found = encoders.of_key.find(key);
+  if (found == encoders.of_key.end()) return;
+  weights = std::move(found->second);
+  encoders.of_key.erase(found);
+}
+
 }  // namespace packedbert

@@ -8,15 +8,12 @@ Parameter names and shapes are those of a packed checkpoint (see `reference.Laye
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import BertModel
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPastAndCrossAttentions,
-    BaseModelOutputWithPoolingAndCrossAttentions,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from . import dispatch, ops, reference
@@ -25,6 +22,14 @@ from .layers import PackedLayer, PrepackedLinear, QuantizedLinear, StoredQuantiz
 from .quantization import QuantizationPlan, QuantizedWeight, is_skipped, plan_quantization
 from .reference import MATRICES, LayerWeights
 from .structure import EncoderStructure
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder returns; read it as transformers' BaseModelOutput, which takes longer to make than a norm."""
+
+    last_hidden_state: Tensor
+    hidden_states: None = None
+    attentions: None = None
 
 
 class PackedEncoder(nn.Module):
@@ -140,7 +145,7 @@ class PackedEncoder(nn.Module):
         attention_mask: Tensor | None = None,
         all_hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor] | None = None,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> EncoderOutput:
         """Run all layers.
 
         Args:
@@ -173,11 +178,12 @@ class PackedEncoder(nn.Module):
                 hidden_states, attention_mask, stored, *settings, self.attention, self.backend, self._cache.key
             )
         elif self._native and hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32:
-            mask = None if attention_mask is None else attention_mask != 0
-            output = ops.encoder_prepacked(hidden_states, mask, stored, *settings, self.attention)
+            output = ops.encoder(
+                hidden_states, attention_mask, stored, *settings, self.attention, "cpu", self._cache.key
+            )
         else:
             output = ops.encoder(hidden_states, attention_mask, self.weights(), *settings, self.attention, self.backend)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
+        return EncoderOutput(output)
 
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -2,7 +2,8 @@
 
 `torch.ops.packedbert.*` has five ops. The native library adds kernels for the CPU and for CUDA to all of them but
 `encoder`; every op has a default in plain PyTorch (reference.py) for any other device and for machines without the
-library, so that the same call works everywhere.
+library, so that the same call works everywhere. Two more, `prepare_encoder` and `encoder_prepared`, are
+`encoder_prepacked` in two steps for eager calls on the CPU (prepack.py), and have native kernels only.
 
 A weight that a model stores is *canonical*, [out_features, in_features]. Kernels want it *prepacked*, in a
 blocked layout that depends on the device (csrc/packed_layout.h). `encoder` takes canonical weights and keeps the
@@ -13,15 +14,14 @@ Ops have no gradient: modules.py takes the differentiable `reference.encoder` wh
 """
 
 import itertools
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .prepack import PrepackCache
 from .quantization import packed_size
 from .reference import ACTIVATIONS, MATRICES, NORMS, LayerWeights
 
@@ -38,6 +38,10 @@ _SCHEMAS.define(
     "str activation, str norm, float eps, str attention) -> Tensor"
 )
 _SCHEMAS.define(
+    "prepare_encoder(Tensor[] weights, int[] num_heads, str activation, str norm, float eps, str attention) -> int"
+)
+_SCHEMAS.define("encoder_prepared(Tensor hidden_states, Tensor? attention_mask, int key) -> Tensor")
+_SCHEMAS.define(
     "encoder(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
     "str activation, str norm, float eps, str attention, str backend, int cache) -> Tensor"
 )
@@ -45,7 +49,11 @@ _SCHEMAS.define(
 
 def _check(condition: bool, op: str, argument: str, expected: object, got: object) -> None:
     if not condition:
-        raise ValueError(f"packedbert::{op}: {argument}: expected {expected}, got {got}")
+        _fail(op, argument, expected, got)
+
+
+def _fail(op: str, argument: str, expected: object, got: object) -> NoReturn:
+    raise ValueError(f"packedbert::{op}: {argument}: expected {expected}, got {got}")
 
 
 def _on_triton(tensor: Tensor) -> bool:
@@ -254,66 +262,6 @@ def pruned_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, precision:
     return torch.ops.packedbert.pruned_attention(qkv, cu_seqlens, num_heads, precision)
 
 
-# ------------------------------------------------------------------------------------- cache of prepacked weights
-
-
-class _Entry(NamedTuple):
-    source: Tensor  # keeps the storage alive, so that its address can't come back as another weight's
-    version: int
-    prepacked: Tensor
-
-
-class PrepackCache:
-    """The prepacked copies of one encoder's weights, each renewed when its weight was replaced or changed.
-
-    A change is seen by the tensor's version counter, so by `load_state_dict`, `.to()`, and in-place updates;
-    not by writes through `.data`, which PyTorch does not count: call `clear()` after those.
-
-    An op can only carry tensors and numbers, so an encoder hands its cache over by `key`. Looking it up inside
-    the op is also what lets a compiled graph notice that a weight changed.
-    """
-
-    _keys: ClassVar = itertools.count(1)
-    _live: ClassVar["weakref.WeakValueDictionary[int, PrepackCache]"] = weakref.WeakValueDictionary()
-
-    def __init__(self) -> None:
-        self.key = next(self._keys)
-        self._live[self.key] = self
-        self._entries: dict[int, _Entry] = {}
-        self._lock = threading.Lock()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PrepackCache":
-        return PrepackCache()
-
-    def __reduce__(self) -> tuple[type["PrepackCache"], tuple[()]]:
-        return PrepackCache, ()
-
-    @classmethod
-    def find(cls, key: int) -> "PrepackCache":
-        """The live cache with that key, or a throw-away one."""
-        return cls._live.get(key) or cls()
-
-    def clear(self) -> None:
-        """Forget everything: the next forward packs anew."""
-        with self._lock:
-            self._entries.clear()
-
-    def get(self, slot: int, weight: Tensor, prepack: Callable[[Tensor], Tensor]) -> Tensor:
-        """The prepacked copy of the canonical weight in that slot of the encoder's list of weights."""
-        version = 0 if weight.is_inference() else weight._version
-        entry = self._entries.get(slot)
-        if (
-            entry is None
-            or entry.version != version
-            or entry.source.data_ptr() != weight.data_ptr()
-            or entry.source.shape != weight.shape
-        ):
-            with self._lock:
-                entry = _Entry(weight.detach(), version, prepack(weight))
-                self._entries[slot] = entry
-        return entry.prepacked
-
-
 # --------------------------------------------------------------------------------------- encoder_prepacked
 
 
@@ -325,15 +273,16 @@ def _encoder_check(
     num_heads: Sequence[int],
     attention: str,
 ) -> None:
-    _check(hidden_states.dim() == 3, op, "hidden_states", "[batch, length, hidden_size]", list(hidden_states.shape))
-    if attention_mask is not None:
-        shape = list(hidden_states.shape[:2])
-        _check(
-            list(attention_mask.shape) == shape, op, "attention_mask", f"{shape} or None", list(attention_mask.shape)
-        )
-    _check(attention in reference.ATTENTIONS, op, "attention", f"one of {', '.join(reference.ATTENTIONS)}", attention)
-    expected = len(num_heads) * len(LayerWeights._fields)
-    _check(len(weights) == expected, op, "weights", f"{expected} tensors for {len(num_heads)} layers", len(weights))
+    # Every call comes here: texts are made where they are needed only.
+    shape = hidden_states.shape
+    if len(shape) != 3:
+        _fail(op, "hidden_states", "[batch, length, hidden_size]", list(shape))
+    if attention_mask is not None and attention_mask.shape != shape[:2]:
+        _fail(op, "attention_mask", f"{list(shape[:2])} or None", list(attention_mask.shape))
+    if attention not in reference.ATTENTIONS:
+        _fail(op, "attention", f"one of {', '.join(reference.ATTENTIONS)}", attention)
+    if len(weights) != (expected := len(num_heads) * len(LayerWeights._fields)):
+        _fail(op, "weights", f"{expected} tensors for {len(num_heads)} layers", len(weights))
 
 
 def run_layers(
@@ -480,16 +429,21 @@ def _encoder_default(
     def prepack(matrix: Tensor) -> Tensor:
         return prepack_linear(matrix.to(dtype))
 
-    # A hundred and more tensors a call: what is ready costs a comparison each.
-    native = []
-    for slot, (weight, is_matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX), strict=False)):
-        if is_matrix and weight.dtype != torch.int8:  # those are packed already
-            native.append(prepack_cache.get(slot, weight, prepack))
-        elif is_matrix or (weight.dtype == dtype and weight.is_contiguous()):
-            native.append(weight)
-        else:
-            native.append(weight.to(dtype).contiguous())
-    output = encoder_prepacked(hidden_states.to(dtype), mask, native, num_heads, activation, norm, eps, attention)
+    def native() -> list[Tensor]:
+        return [
+            prepack_cache.get(slot, weight, prepack)
+            if is_matrix and weight.dim() == 2  # else it is prepacked already
+            else weight.to(torch.int8 if weight.dtype == torch.int8 else dtype).contiguous()
+            for slot, (weight, is_matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX), strict=False))
+        ]
+
+    settings = (num_heads, activation, norm, eps, attention)
+    states = hidden_states.to(dtype)
+    if backend == "cpu" and cache and weights:
+        prepared = prepack_cache.encoder(weights, settings, native)
+        output = torch.ops.packedbert.encoder_prepared(states, mask, prepared.key)
+    else:
+        output = encoder_prepacked(states, mask, native(), *settings)
     return output.to(hidden_states.dtype)
 
 

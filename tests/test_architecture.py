@@ -19,6 +19,7 @@ ORDER = (
     "checkpoint",
     "config",
     "triton_kernels",
+    "prepack",
     "ops",
     "layers",
     "modules",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from op_cases import HIDDEN, assert_as_exact_as_torch, prepacked_layers, random_layers
 
 from packedbert import dispatch, ops, reference
+from packedbert.prepack import PreparedEncoder
 from packedbert.reference import ACTIVATIONS, NORMS, LayerWeights
 
 
@@ -253,7 +254,8 @@ def test_every_op_is_checked():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("packedbert::")
     }
-    assert registered == set(opcheck_cases())
+    # Those two are for eager calls, and have no fake kernels: test_prepared_encoder.
+    assert registered == set(opcheck_cases()) | {"prepare_encoder", "encoder_prepared"}
 
 
 def test_ops_have_no_silent_gradient():
@@ -287,6 +289,46 @@ def test_the_cache_follows_the_weights():
     assert not torch.equal(run(), fresh())
     cache.clear()
     assert torch.equal(run(), fresh())
+
+
+@pytest.mark.skipif(dispatch.NATIVE is None, reason="the native library is not built")
+def test_prepared_encoder():
+    """Every way of changing a weight that PyTorch counts is seen, in all of them; and a released encoder is gone."""
+    weights, hidden, cache = random_layers([1, 1], [4, 3]), torch.randn(1, 3, HIDDEN), ops.PrepackCache()
+    mask = torch.tensor([[1, 0, 1]])
+
+    def run(**changes):
+        arguments = {"num_heads": [1, 1], "activation": "gelu", "cache": cache.key, **changes}
+        return ops.encoder(hidden, mask, weights, backend="cpu", **arguments)
+
+    run()
+    key = cache._encoder.key
+    run()
+    assert cache._encoder.key == key  # nothing changed: nothing is prepared
+    for index, weight in enumerate(weights):
+        for change in ("in place", "replaced", "other memory"):
+            before = run()
+            if change == "in place":
+                weights[index].mul_(1.5).add_(0.25)
+            elif change == "replaced":
+                weights[index] = torch.randn(weight.shape)
+            else:
+                weights[index].data = torch.randn(weight.shape)
+            after = run()
+            # A softmax doesn't see the keys' bias.
+            assert not torch.equal(after, before), (index, change)
+            assert torch.equal(after, run(cache=0)), (index, change)
+    assert torch.equal(run(activation="relu"), run(activation="relu", cache=0))
+
+    key = cache._encoder.key
+    cache.clear()
+    with pytest.raises(RuntimeError, match="encoder_prepared: key: expected one of prepare_encoder, got"):
+        torch.ops.packedbert.encoder_prepared(hidden, None, key)
+    with pytest.raises(RuntimeError, match=r"prepare_encoder: weights: expected 12 tensors for 1 layers, got 24"):
+        torch.ops.packedbert.prepare_encoder(weights, [1], "gelu", "none", 0.0, "fp32")
+    prepared = PreparedEncoder(weights, prepacked_layers(weights), ([1, 1], "gelu", "layer_norm", 1e-12, "fp32"))
+    with pytest.raises(RuntimeError, match=r"hidden_states: expected \[batch, length, \d+\], got \[1, 3, 5\]"):
+        torch.ops.packedbert.encoder_prepared(torch.zeros(1, 3, 5), None, prepared.key)
 
 
 # ----------------------------------------------------------------------------------------------------- errors

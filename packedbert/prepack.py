@@ -1,0 +1,129 @@
+"""What the kernels make of an encoder's weights once, and keep until the weights change.
+
+PrepackCache       of one encoder: the copies of its matrices in the kernels' layout, and the PreparedEncoder
+  PreparedEncoder  all weights as the native CPU kernels take them, checked: a call names them by a number
+"""
+
+import itertools
+import operator
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+_address = Tensor.data_ptr
+_version = operator.attrgetter("_version")
+
+
+def _versions(weights: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(_version, weights))
+    except RuntimeError:  # inference tensors have none
+        return [0 if weight.is_inference() else weight._version for weight in weights]
+
+
+class PreparedEncoder:
+    """An encoder for the op `encoder_prepared`, which takes its `key` in the place of a hundred tensors.
+
+    Handing those over and checking them takes longer than a layer of a short sentence.
+
+    Args:
+        weights: what the caller has; only to see whether they are still the same.
+        native: the same as `ops.encoder_prepacked` takes them. The native library keeps them alive.
+        settings: num_heads, activation, norm, eps and attention, as `ops.encoder_prepacked` takes them.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not agree, an unknown activation or norm.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], native: list[Tensor], settings: tuple[Any, ...]) -> None:
+        self.key: int = torch.ops.packedbert.prepare_encoder(native, *settings)
+        assert dispatch.NATIVE is not None  # it has the op
+        weakref.finalize(self, dispatch.NATIVE.release_encoder, self.key)
+        self._settings = settings
+        self._weights = list(weights)
+        self._addresses = list(map(_address, weights))
+        self._versions = _versions(weights)
+
+    def fits(self, weights: Sequence[Tensor], settings: tuple[Any, ...]) -> bool:
+        """Whether it still is what `weights` and `settings` say: the same tensors, unchanged, at the same place."""
+        return (
+            self._settings == settings
+            and len(self._weights) == len(weights)
+            and all(map(operator.is_, self._weights, weights))
+            and self._addresses == list(map(_address, weights))
+            and self._versions == _versions(weights)
+        )
+
+
+class _Entry(NamedTuple):
+    source: Tensor  # keeps the storage alive, so that its address can't come back as another weight's
+    version: int
+    prepacked: Tensor
+
+
+class PrepackCache:
+    """The prepacked copies of one encoder's weights, each renewed when its weight was replaced or changed.
+
+    A change is seen by the tensor's version counter, so by `load_state_dict`, `.to()`, and in-place updates;
+    not by writes through `.data`, which PyTorch does not count: call `clear()` after those.
+
+    An op can only carry tensors and numbers, so an encoder hands its cache over by `key`. Looking it up inside
+    the op is also what lets a compiled graph notice that a weight changed.
+    """
+
+    _keys: ClassVar = itertools.count(1)
+    _live: ClassVar["weakref.WeakValueDictionary[int, PrepackCache]"] = weakref.WeakValueDictionary()
+
+    def __init__(self) -> None:
+        self.key = next(self._keys)
+        self._live[self.key] = self
+        self._entries: dict[int, _Entry] = {}
+        self._lock = threading.Lock()
+        self._encoder: PreparedEncoder | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrepackCache":
+        return PrepackCache()
+
+    def __reduce__(self) -> tuple[type["PrepackCache"], tuple[()]]:
+        return PrepackCache, ()
+
+    @classmethod
+    def find(cls, key: int) -> "PrepackCache":
+        """The live cache with that key, or a throw-away one."""
+        return cls._live.get(key) or cls()
+
+    def clear(self) -> None:
+        """Forget everything: the next forward packs anew."""
+        with self._lock:
+            self._encoder = None
+            self._entries.clear()
+
+    def get(self, slot: int, weight: Tensor, prepack: Callable[[Tensor], Tensor]) -> Tensor:
+        """The prepacked copy of the canonical weight in that slot of the encoder's list of weights."""
+        version = 0 if weight.is_inference() else weight._version
+        entry = self._entries.get(slot)
+        if (
+            entry is None
+            or entry.version != version
+            or entry.source.data_ptr() != weight.data_ptr()
+            or entry.source.shape != weight.shape
+        ):
+            with self._lock:
+                entry = _Entry(weight.detach(), version, prepack(weight))
+                self._entries[slot] = entry
+        return entry.prepacked
+
+    def encoder(
+        self, weights: Sequence[Tensor], settings: tuple[Any, ...], native: Callable[[], list[Tensor]]
+    ) -> PreparedEncoder:
+        """The encoder prepared, anew if it changed: then `native()` are its weights as the kernels take them."""
+        encoder = self._encoder
+        if encoder is None or not encoder.fits(weights, settings):
+            encoder = self._encoder = PreparedEncoder(weights, native(), settings)
+        return encoder
