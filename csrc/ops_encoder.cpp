@@ -1,4 +1,4 @@
-// The kernels of pruned_attention and of the encoder as torch sees them; see ops.cpp.
+// The kernels of embed, pruned_attention and the encoder as torch sees them; see ops.cpp.
 #include "ops_encoder.h"
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/embed.h"
 #include "cpu/encoder.h"
 #include "cpu/ragged_batch.h"
 #include "ops_common.h"
@@ -16,6 +17,78 @@
 
 namespace packedbert {
 namespace {
+
+// ---------------------------------------------------------------- embed
+
+constexpr const char* kEmbed = "embed";
+
+// Ids of the shape of `like`, each a row of a table; contiguous.
+Tensor take_ids(const char* argument, const Tensor& ids, const Tensor& like, int64_t table_rows) {
+  if (!ids.is_cpu()) fail(kEmbed, argument, "a tensor on cpu", device_of(ids));
+  if (ids.scalar_type() != ScalarType::Long) fail(kEmbed, argument, "int64", to_string(ids.scalar_type()));
+  if (shape_of(ids) != shape_of(like)) {
+    fail(kEmbed, argument, to_string(shape_of(like)) + " (the shape of input_ids)", to_string(shape_of(ids)));
+  }
+  const Tensor contiguous = ids.is_contiguous() ? ids : torch::stable::contiguous(ids);
+  const int64_t* id = contiguous.const_data_ptr<int64_t>();
+  const int64_t* const end = id + ids.numel();
+  id = std::find_if(id, end, [=](int64_t row) { return row < 0 || row >= table_rows; });
+  if (id != end) fail(kEmbed, argument, "0 to " + std::to_string(table_rows - 1), std::to_string(*id));
+  return contiguous;
+}
+
+Tensor embed_cpu(const Tensor& input_ids,
+                 const std::optional<Tensor>& token_type_ids,
+                 const Tensor& words,
+                 const Tensor& types,
+                 const Tensor& positions,
+                 StringHandle norm_handle,
+                 const Tensor& norm_weight,
+                 const Tensor& norm_bias,
+                 double eps) {
+  const std::string norm = take_string(norm_handle);
+  if (input_ids.dim() != 2) fail(kEmbed, "input_ids", "[batch, length]", to_string(shape_of(input_ids)));
+  check_float32(kEmbed, "words", words);
+  if (words.dim() != 2) fail(kEmbed, "words", "[vocab_size, hidden_size]", to_string(shape_of(words)));
+  const int64_t length = input_ids.size(1);
+  const int64_t hidden_size = words.size(1);
+  const Checker check{kEmbed, words};
+  const auto check_table = [&](const char* argument, const Tensor& table) {
+    return check(argument, table, {table.dim() > 0 ? table.size(0) : 0, hidden_size}, " (a row for each id)");
+  };
+  // They own what `embeddings` points to.
+  const Tensor word_table = check_table("words", words);
+  const Tensor type_table = check_table("types", types);
+  const Tensor position_table = check_table("positions", positions);
+  const Tensor weight = check("norm_weight", norm_weight, {hidden_size});
+  const Tensor bias = check("norm_bias", norm_bias, {hidden_size});
+  if (length > position_table.size(0)) {
+    fail(kEmbed, "input_ids", "at most " + std::to_string(position_table.size(0)) + " positions",
+         std::to_string(length));
+  }
+  if (type_table.size(0) == 0) fail(kEmbed, "types", "a row at least", to_string(shape_of(types)));
+  const Tensor word_ids = take_ids("input_ids", input_ids, input_ids, word_table.size(0));
+  std::optional<Tensor> type_ids;
+  if (token_type_ids) type_ids = take_ids("token_type_ids", *token_type_ids, input_ids, type_table.size(0));
+  Tensor output = torch::stable::new_empty(words, Shape{input_ids.size(0), length, hidden_size});
+  const cpu::Embeddings embeddings{
+      .tokens = input_ids.numel(),
+      .length = length,
+      .hidden_size = hidden_size,
+      .word_ids = word_ids.const_data_ptr<int64_t>(),
+      .type_ids = type_ids ? type_ids->const_data_ptr<int64_t>() : nullptr,
+      .words = word_table.const_data_ptr<float>(),
+      .types = type_table.const_data_ptr<float>(),
+      .positions = position_table.const_data_ptr<float>(),
+      .norm = parse_norm(kEmbed, norm),
+      .norm_weight = weight.const_data_ptr<float>(),
+      .norm_bias = bias.const_data_ptr<float>(),
+      .eps = static_cast<float>(eps),
+      .output = output.mutable_data_ptr<float>(),
+  };
+  cpu::embed(embeddings, cpu::torch_parallel_for);
+  return output;
+}
 
 // ---------------------------------------------------------------- pruned_attention
 
@@ -340,6 +413,7 @@ Tensor encoder_prepared_cpu(const Tensor& hidden_states,
 }
 
 STABLE_TORCH_LIBRARY_IMPL(packedbert, CPU, m) {
+  m.impl("embed", TORCH_BOX(&embed_cpu));
   m.impl("pruned_attention", TORCH_BOX(&pruned_attention_cpu));
   m.impl("encoder_prepacked", TORCH_BOX(&encoder_prepacked_cpu));
   m.impl("prepare_encoder", TORCH_BOX(&prepare_encoder_cpu));

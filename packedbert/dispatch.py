@@ -168,6 +168,8 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
 _WHY_NOT = {"cpu": _why_not_cpu, "cuda": _why_not_cuda, "triton": _why_not_triton}
 
 
+# A compiler takes the answer as it is, and does not look into the native library.
+@torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs on such tensors: one of `BACKENDS`, but not "auto".
 

@@ -18,7 +18,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from . import dispatch, ops, reference
 from .config import PackedBertConfig
-from .layers import PackedLayer, PrepackedLinear, QuantizedLinear, StoredQuantizedLinear, WeightAndBias
+from .layers import NoNorm, PackedLayer, PrepackedLinear, QuantizedLinear, StoredQuantizedLinear, WeightAndBias
 from .quantization import QuantizationPlan, QuantizedWeight, is_skipped, plan_quantization
 from .reference import MATRICES, LayerWeights
 from .structure import EncoderStructure
@@ -291,7 +291,9 @@ class PackedBertModel(BertModel):
     ) -> Tensor:
         tables = self.embeddings
         try:
-            if type(tables) is BertEmbeddings and not tables._forward_hooks and not tables._forward_pre_hooks:
+            if type(tables) is BertEmbeddings and not _has_hooks(tables):
+                if inputs_embeds is None and position_ids is None and self._embeds_natively(input_ids, token_type_ids):
+                    return _embed_natively(tables, input_ids, token_type_ids)
                 return _embed_tokens(tables, input_ids, token_type_ids, position_ids, inputs_embeds)
             return tables(
                 input_ids=input_ids,
@@ -314,6 +316,45 @@ class PackedBertModel(BertModel):
                         "does the tokenizer belong to this model?"
                     ) from error
             raise
+
+    def _embeds_natively(self, input_ids: Tensor | None, token_type_ids: Tensor | None) -> bool:
+        """Whether the op `embed` computes what these modules would, and has a native kernel for it."""
+        modules = self.embeddings._modules
+        tables = [modules[name] for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")]
+        norm = modules["LayerNorm"]
+        weights: list[Any] = [part._parameters["weight"] for part in (*tables, norm)]
+        return (
+            {*map(type, tables)} == {nn.Embedding}
+            and type(norm) in (nn.LayerNorm, NoNorm)
+            and not any(table.max_norm for table in tables)
+            and not any(map(_has_hooks, (*tables, norm)))
+            and all(ids is None or ids.dtype == torch.int64 for ids in (input_ids, token_type_ids))
+            and (token_type_ids is None or input_ids is None or token_type_ids.shape == input_ids.shape)
+            and {weight.dtype for weight in weights} == {torch.float32}
+            and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
+            and dispatch.resolve(self.encoder.backend, weights[0].device, torch.float32) == "cpu"
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _embed_natively(tables: Any, input_ids: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
+    """BertEmbeddings.forward in one op."""
+    assert input_ids is not None
+    norm = tables.LayerNorm
+    return ops.embed(
+        input_ids,
+        token_type_ids,
+        tables.word_embeddings.weight,
+        tables.token_type_embeddings.weight,
+        tables.position_embeddings.weight,
+        "no_norm" if type(norm) is NoNorm else "layer_norm",
+        norm.weight,
+        norm.bias,
+        getattr(norm, "eps", 0.0),
+    )
 
 
 def _embed_tokens(

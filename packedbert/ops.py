@@ -1,9 +1,10 @@
 """The ops, each once: schema, documentation, checks of shapes (the fake kernel), and the default in PyTorch.
 
-`torch.ops.packedbert.*` has five ops. The native library adds kernels for the CPU and for CUDA to all of them but
-`encoder`; every op has a default in plain PyTorch (reference.py) for any other device and for machines without the
-library, so that the same call works everywhere. Two more, `prepare_encoder` and `encoder_prepared`, are
-`encoder_prepacked` in two steps for eager calls on the CPU (prepack.py), and have native kernels only.
+`torch.ops.packedbert.*` has six ops. The native library adds kernels for the CPU to all of them but `encoder`, and for
+CUDA to all but that and `embed`; every op has a default in plain PyTorch (reference.py) for any other device and for
+machines without the library, so that the same call works everywhere. Two more, `prepare_encoder` and
+`encoder_prepared`, are `encoder_prepacked` in two steps for eager calls on the CPU (prepack.py), and have native
+kernels only.
 
 A weight that a model stores is *canonical*, [out_features, in_features]. Kernels want it *prepacked*, in a
 blocked layout that depends on the device (csrc/packed_layout.h). `encoder` takes canonical weights and keeps the
@@ -27,6 +28,10 @@ from .reference import ACTIVATIONS, MATRICES, NORMS, LayerWeights
 
 _SCHEMAS = torch.library.Library("packedbert", "DEF")
 
+_SCHEMAS.define(
+    "embed(Tensor input_ids, Tensor? token_type_ids, Tensor words, Tensor types, Tensor positions, str norm, "
+    "Tensor norm_weight, Tensor norm_bias, float eps) -> Tensor"
+)
 _SCHEMAS.define("prepack_linear(Tensor weight) -> Tensor")
 _SCHEMAS.define(
     "packed_linear(Tensor input, Tensor weight, Tensor bias, str activation, Tensor? residual, str norm, "
@@ -59,6 +64,85 @@ def _fail(op: str, argument: str, expected: object, got: object) -> NoReturn:
 def _on_triton(tensor: Tensor) -> bool:
     """Whether an op without a kernel for the tensor's device runs on the Triton kernels."""
     return tensor.device.type == "cuda" and dispatch.resolve("auto", tensor.device, tensor.dtype) == "triton"
+
+
+# --------------------------------------------------------------------------------------------------- embed
+
+
+def _embed_check(input_ids: Tensor, token_type_ids: Tensor | None, words: Tensor, positions: Tensor, norm: str) -> None:
+    op = "embed"
+    _check(input_ids.dim() == 2, op, "input_ids", "[batch, length]", list(input_ids.shape))
+    length, most = input_ids.shape[1], positions.shape[0]
+    _check(length <= most, op, "input_ids", f"at most {most} positions", length)
+    if token_type_ids is not None:
+        shape = list(input_ids.shape)
+        _check(list(token_type_ids.shape) == shape, op, "token_type_ids", shape, list(token_type_ids.shape))
+    _check(words.dim() == 2, op, "words", "[vocab_size, hidden_size]", list(words.shape))
+    _check(norm in NORMS, op, "norm", f"one of {', '.join(NORMS)}", repr(norm))
+
+
+def _embed_default(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    words: Tensor,
+    types: Tensor,
+    positions: Tensor,
+    norm: str,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    _embed_check(input_ids, token_type_ids, words, positions, norm)
+    return reference.embed(input_ids, token_type_ids, words, types, positions, norm, norm_weight, norm_bias, eps)
+
+
+def _embed_fake(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    words: Tensor,
+    types: Tensor,
+    positions: Tensor,
+    norm: str,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    _embed_check(input_ids, token_type_ids, words, positions, norm)
+    return words.new_empty((*input_ids.shape, words.shape[1]))
+
+
+def embed(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    words: Tensor,
+    types: Tensor,
+    positions: Tensor,
+    norm: str,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """norm(word + token type + position): BertEmbeddings in one pass.
+
+    Args:
+        input_ids: int64 [batch, length].
+        token_type_ids: int64 [batch, length], or None: all are 0.
+        words: [vocab_size, hidden_size]; float32 on a CPU with the native library, like the tensors below.
+        types: [type_vocab_size, hidden_size].
+        positions: [max_position_embeddings, hidden_size], of which the first `length` are used.
+        norm: as in `packed_linear`.
+        norm_weight: [hidden_size].
+        norm_bias: [hidden_size].
+        eps: of LayerNorm.
+
+    Returns: [batch, length, hidden_size], a new tensor.
+
+    Raises:
+        ValueError, RuntimeError, IndexError: shapes or dtypes that do not agree, an id without a row.
+    """
+    return torch.ops.packedbert.embed(
+        input_ids, token_type_ids, words, types, positions, norm, norm_weight, norm_bias, eps
+    )
 
 
 # ------------------------------------------------------------------------------------------ prepack_linear
@@ -540,6 +624,7 @@ def _no_gradient(op: str) -> Callable[..., NoReturn]:
 
 
 for _name, _default, _fake in (
+    ("embed", _embed_default, _embed_fake),
     ("prepack_linear", _prepack_linear_default, _prepack_linear_fake),
     ("packed_linear", _packed_linear_default, _packed_linear_fake),
     ("pruned_attention", _pruned_attention_default, _pruned_attention_fake),

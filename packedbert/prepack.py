@@ -48,16 +48,20 @@ class PreparedEncoder:
         self._settings = settings
         self._weights = list(weights)
         self._addresses = list(map(_address, weights))
-        self._versions = _versions(weights)
+        # What the kernels read in place may change.
+        self._copied = [
+            weight for weight, own in zip(weights, native, strict=True) if _address(weight) != _address(own)
+        ]
+        self._versions = _versions(self._copied)
 
     def fits(self, weights: Sequence[Tensor], settings: tuple[Any, ...]) -> bool:
-        """Whether it still is what `weights` and `settings` say: the same tensors, unchanged, at the same place."""
+        """Whether it still is what `weights` and `settings` say: the same tensors, in the same place, unchanged."""
         return (
             self._settings == settings
             and len(self._weights) == len(weights)
             and all(map(operator.is_, self._weights, weights))
             and self._addresses == list(map(_address, weights))
-            and self._versions == _versions(weights)
+            and self._versions == _versions(self._copied)
         )
 
 

@@ -71,6 +71,23 @@ def normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, 
     return x
 
 
+def embed(
+    input_ids: Tensor,
+    token_type_ids: Tensor | None,
+    words: Tensor,
+    types: Tensor,
+    positions: Tensor,
+    norm: str,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """norm(word + token type + position): [B, S] ids -> [B, S, hidden_size], with tables [rows, hidden_size]."""
+    of_types = types[0] if token_type_ids is None else F.embedding(token_type_ids, types)
+    x = F.embedding(input_ids, words) + of_types + positions[: input_ids.shape[1]]
+    return normalize(x, norm, norm_weight, norm_bias, eps)
+
+
 def packed_linear(
     input: Tensor,
     weight: Tensor,

@@ -34,14 +34,52 @@ def linear_arguments(rows=5, in_features=7, out_features=9, activation="gelu", n
 
 
 def in_float32(arguments):
-    return {name: value.float() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    return {
+        name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
 
 
 def prepacked(arguments):
     return {**arguments, "weight": ops.prepack_linear(arguments["weight"])}
 
 
+def embedding_arguments(batch=2, length=3, hidden_size=HIDDEN, norm="layer_norm", types=True):
+    """Arguments of embed, in float64."""
+    generator = torch.Generator().manual_seed(batch * 31 + length)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "input_ids": torch.randint(0, 11, (batch, length), generator=generator),
+        "token_type_ids": torch.randint(0, 2, (batch, length), generator=generator) if types else None,
+        "words": randn(11, hidden_size),
+        "types": randn(2, hidden_size),
+        "positions": randn(max(length, 1), hidden_size),
+        "norm": norm,
+        "norm_weight": randn(hidden_size),
+        "norm_bias": randn(hidden_size),
+        "eps": 1e-5,
+    }
+
+
 # ---------------------------------------------------------------------------------------------- the results
+
+
+@pytest.mark.parametrize("isa", dispatch.NATIVE.available_isas() if dispatch.NATIVE else [])
+@pytest.mark.parametrize("norm", ["layer_norm", "no_norm"])
+def test_embed_on_every_isa(isa, norm):
+    best = dispatch.NATIVE.isa()
+    dispatch.NATIVE.set_isa(isa)
+    try:
+        for batch, length, hidden_size in itertools.product((0, 1, 5), (0, 1, 7), (1, 17, 32, 47)):
+            exact = embedding_arguments(batch, length, hidden_size, norm, types=length != 1)
+            single = in_float32(exact)
+            single["input_ids"] = exact["input_ids"].T.contiguous().T  # any strides
+            assert_as_exact_as_torch(ops.embed(**single), reference.embed(**single), reference.embed(**exact))
+    finally:
+        dispatch.NATIVE.set_isa(best)
 
 
 @pytest.mark.parametrize("isa", dispatch.NATIVE.available_isas() if dispatch.NATIVE else [])
@@ -221,7 +259,9 @@ def opcheck_cases():
     qkv, bounds = torch.randn(6, 3 * 2 * 4), torch.tensor([0, 2, 6], dtype=torch.int32)
     hidden, mask = torch.randn(2, 3, HIDDEN), torch.tensor([[1, 1, 1], [1, 0, 0]])
     weights = random_layers([2, 0], [5, 3])
+    embeddings = in_float32(embedding_arguments())
     return {
+        "embed": [((), embeddings), ((), {**embeddings, "norm": "no_norm", "token_type_ids": None})],
         "prepack_linear": [((torch.randn(9, 7),), {}), ((torch.randn(0, 7),), {})],
         "packed_linear": [((), single), ((), plain)],
         "pruned_attention": [
@@ -351,6 +391,27 @@ def test_packed_linear_says_what_does_not_fit(changes, text):
     arguments = {**prepacked(in_float32(linear_arguments())), **changes}
     with pytest.raises((ValueError, RuntimeError), match=rf"packedbert::packed_linear: {text}: expected .*, got "):
         ops.packed_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"input_ids": torch.zeros(3, dtype=torch.int64)}, "input_ids"),
+        ({"input_ids": torch.zeros(2, 4, dtype=torch.int64)}, "input_ids: expected at most 3 positions"),
+        ({"input_ids": torch.full((2, 3), 11)}, "input_ids: expected 0 to 10"),
+        ({"token_type_ids": torch.full((2, 3), -1)}, "token_type_ids: expected 0 to 1"),
+        ({"token_type_ids": torch.zeros(1, 3, dtype=torch.int64)}, "token_type_ids"),
+        ({"words": torch.zeros(7)}, "words"),
+        ({"types": torch.zeros(2, HIDDEN - 1)}, "types"),
+        ({"positions": torch.zeros(3, HIDDEN, dtype=torch.float64)}, "positions"),
+        ({"norm_bias": torch.zeros(1)}, "norm_bias"),
+        ({"norm": "rms"}, "norm"),
+    ],
+)
+@pytest.mark.skipif(dispatch.NATIVE is None, reason="the native library is not built")
+def test_embed_says_what_does_not_fit(changes, text):
+    with pytest.raises((ValueError, RuntimeError), match=rf"packedbert::embed: {text}.*, got "):
+        ops.embed(**{**in_float32(embedding_arguments()), **changes})
 
 
 @pytest.mark.parametrize(

@@ -591,3 +591,36 @@ def test_the_report_prints():
     assert "parameters stored" in str(report)
     assert str(report.layers[0].ffn_width) in str(report)
     assert report.heads_removed == 8 - sum(len(layer.heads) for layer in report.layers)
+
+
+# ------------------------------------------------------------------------------------------------- embeddings
+
+
+def hooked(model):
+    calls = []
+    model.bert.embeddings.LayerNorm.register_forward_hook(lambda *_: calls.append("hook"))
+    return calls
+
+
+def rounded_words(model):
+    model.bert.embeddings.word_embeddings.max_norm = 1e9
+
+
+@pytest.mark.parametrize(
+    ("change", "native"),
+    [(None, True), (hooked, False), (rounded_words, False), (lambda model: model.double().float() and None, True)],
+    ids=["plain", "a hook", "max_norm", "converted"],
+)
+def test_embeddings_are_one_op_where_nothing_else_is_asked_for(change, native, monkeypatch):
+    calls = []
+    embed = packedbert.ops.embed
+    monkeypatch.setattr(packedbert.ops, "embed", lambda *arguments: calls.append("op") or embed(*arguments))
+    model = pruned("BertForQuestionAnswering")
+    batch = batch_for(model)
+    expected = run(model, batch)
+    model = packedbert.patch_model(model)
+    seen = change(model) if change else None
+    assert_same_on_real_tokens(run(model, batch), expected, batch["attention_mask"])
+    on_cpu = packedbert.dispatch.resolve("auto", torch.device("cpu"), torch.float32) == "cpu"
+    assert calls == (["op"] if native and on_cpu else [])
+    assert seen in (None, ["hook"])

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cpu/embed.h"
 #include "cpu/isa.h"
 
 namespace packedbert::cpu {
@@ -117,6 +118,10 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
 
 void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, ParallelFor parallel_for) {
   PACKEDBERT_CALL_FOR_ISA(plan.isa, encoder, encoder, plan, scratch, parallel_for);
+}
+
+void embed(const Embeddings& embeddings, ParallelFor parallel_for) {
+  PACKEDBERT_CALL_FOR_ISA(active_isa(), embed, embeddings, parallel_for);
 }
 
 void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for) {

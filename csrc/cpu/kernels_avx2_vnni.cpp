@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "cpu/attention.h"
+#include "cpu/embed.h"
 #include "cpu/encoder.h"
 #include "cpu/packed_linear.h"
 #include "cpu/target_region.h"

@@ -1,5 +1,6 @@
 // The kernels in plain C++, for any processor.
 #include "cpu/attention.h"
+#include "cpu/embed.h"
 #include "cpu/encoder.h"
 #include "cpu/packed_linear.h"
 #include "cpu/target_region.h"
