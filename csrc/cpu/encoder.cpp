@@ -21,17 +21,19 @@ struct PanelRules {
   int64_t fewest_tokens;  // in a panel
   int64_t halved_tokens;  // a panel is halved, for balance, if its halves have as many
   int64_t row_step;       // panels begin at a multiple
+  int64_t wide_step;      // the same, where they have halved_tokens each
 };
 
 // Fewer tokens than this in a thread's panel do not repay that each thread reads all weights: the steps are
 // split among the threads, each of which then reads its share of them. On two cores panels of 16 took 0.9 of
 // the time of splitting (their threads read the same weights at about the same time, and wait once a layer,
 // not six times), panels of 8 took 1.25. A panel is halved down to two tiles of AVX-512.
-constexpr PanelRules kVectorPanels = {12, 28, 1};
+constexpr PanelRules kVectorPanels = {12, 28, 1, 1};
 
 // AMX multiplies so fast that reading weights is what counts: at 24 tokens a thread both took as long, at 28
-// panels took 0.9 of the time of splitting. Halving panels of fewer tokens costs more than it balances.
-constexpr PanelRules kTilePanels = {26, 128, 16};
+// panels took 0.9 of the time of splitting. Halving panels of fewer tokens costs more than it balances. Half
+// a strip takes more than half its time, but where panels have few strips their balance counts more.
+constexpr PanelRules kTilePanels = {26, 128, kStripRows / 2, kStripRows};
 
 // Rows begin at a cache line, and never a multiple of 4 KiB apart: see kCollidingStride in multiply_tile.h.
 constexpr int64_t row_stride(int64_t width) {
@@ -84,7 +86,7 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
     // and save 2 to 7 beside one busy process.
     if (of_worker == 1 && tokens_per_thread >= 2 * rules.halved_tokens) of_worker = 2;
     plan.panels = threads * of_worker;
-    plan.row_step = rules.row_step;
+    plan.row_step = batch.tokens >= plan.panels * rules.halved_tokens ? rules.wide_step : rules.row_step;
     for (int64_t panel = 0; panel < plan.panels; ++panel)
       inner_rows = std::max(panel == 0 ? 0 : inner_rows, plan.first_token(panel + 1, batch.tokens) -
                                                              plan.first_token(panel, batch.tokens));

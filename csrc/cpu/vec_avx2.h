@@ -39,9 +39,9 @@ PACKEDBERT_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f
 PACKEDBERT_INLINE Vec round(Vec a) {
   return {_mm256_round_ps(a.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-PACKEDBERT_INLINE Vec exp2_of_integer(Vec n) {
+PACKEDBERT_INLINE Vec times_exp2(Vec x, Vec n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.value), _mm256_set1_epi32(127));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
+  return {_mm256_mul_ps(x.value, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)))};
 }
 PACKEDBERT_INLINE bool has_nan(Vec a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.value, a.value, _CMP_UNORD_Q)) != 0;

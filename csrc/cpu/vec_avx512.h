@@ -38,10 +38,7 @@ PACKEDBERT_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.value)}; }
 PACKEDBERT_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-PACKEDBERT_INLINE Vec exp2_of_integer(Vec n) {
-  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.value), _mm512_set1_epi32(127));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
-}
+PACKEDBERT_INLINE Vec times_exp2(Vec x, Vec n) { return {_mm512_scalef_ps(x.value, n.value)}; }
 PACKEDBERT_INLINE bool has_nan(Vec a) { return _mm512_cmp_ps_mask(a.value, a.value, _CMP_UNORD_Q) != 0; }
 PACKEDBERT_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.value); }
 PACKEDBERT_INLINE float sum_of_lanes(Vec a) { return _mm512_reduce_add_ps(a.value); }

@@ -6,7 +6,9 @@
 // https://www.netlib.org/cephes).
 PACKEDBERT_INLINE Vec exp(Vec x) {
   x = min(Vec::broadcast(88.3f), max(Vec::broadcast(-87.3f), x));
-  const Vec n = round(x * Vec::broadcast(1.44269504088896341f));
+  // Adding 1.5 * 2^23 pushes the fraction out of the significand, as in vec_scalar.h's round.
+  const Vec shift = Vec::broadcast(12582912.0f);
+  const Vec n = fma(x, Vec::broadcast(1.44269504088896341f), shift) - shift;
   Vec r =
       fma(n, Vec::broadcast(-0.693359375f), x);  // x - n ln(2), ln(2) in two parts: the first one is exact
   r = fma(n, Vec::broadcast(2.12194440e-4f), r);
@@ -17,7 +19,7 @@ PACKEDBERT_INLINE Vec exp(Vec x) {
   p = fma(p, r, Vec::broadcast(1.6666665459e-1f));
   p = fma(p, r, Vec::broadcast(5.0000001201e-1f));
   const Vec e_r = fma(p, r * r, r) + Vec::broadcast(1.0f);
-  return e_r * exp2_of_integer(n);
+  return times_exp2(e_r, n);
 }
 
 // max(x, 0); a NaN stays one.

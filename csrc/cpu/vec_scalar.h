@@ -64,10 +64,10 @@ PACKEDBERT_INLINE Vec round(Vec a) {
   return (a + shift) - shift;
 }
 
-// 2^n for integers -126 <= n <= 127, put together as an exponent field.
-PACKEDBERT_INLINE Vec exp2_of_integer(Vec n) {
+// x 2^n for integers -126 <= n <= 127, which is put together as an exponent field.
+PACKEDBERT_INLINE Vec times_exp2(Vec x, Vec n) {
   const Vec::IntegerLanes biased = __builtin_convertvector(n.value, Vec::IntegerLanes) + 127;
-  return {(Vec::Lanes)(biased << 23)};
+  return x * Vec{(Vec::Lanes)(biased << 23)};
 }
 
 // Whether a lane is a NaN.
