@@ -229,30 +229,3 @@ inline void attend_head(AttendTile attend,
     context += queries * context_stride;
   }
 }
-
-// Attention cut into units for threads: each a head and a chunk of the tokens, the chunks of a head side by
-// side. Their queries share the head's keys and values in the second-level cache.
-constexpr int64_t kQueriesPerUnit = 4 * kQueryRows;
-
-constexpr int64_t attention_chunks(int64_t tokens) { return ceil_div(tokens, kQueriesPerUnit); }
-
-// The units [begin, end) of heads * chunks.
-//   context: [tokens, heads.width()] with context_stride between rows, of tokens [token, token + tokens).
-inline void attend_units(AttendTile attend,
-                         const QueriesKeysValues& in,
-                         int64_t token,
-                         int64_t tokens,
-                         int64_t chunks,
-                         int64_t begin,
-                         int64_t end,
-                         float* context,
-                         int64_t context_stride) {
-  ProductScope scope;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t head = unit / chunks;
-    const int64_t from = tokens * (unit % chunks) / chunks;
-    const int64_t to = tokens * (unit % chunks + 1) / chunks;
-    attend_head(attend, in, head, token + from, token + to,
-                context + from * context_stride + head * in.heads.size, context_stride, scope);
-  }
-}

@@ -46,7 +46,7 @@ struct Encoder {
 };
 
 // A layer's steps, at most (run_layer in encoder_body.h).
-inline constexpr int64_t kMostSteps = 10;
+inline constexpr int64_t kMostSteps = 9;
 
 // How the work is cut, and what lies where in the scratch memory. Places are in floats from its beginning.
 struct EncoderPlan {

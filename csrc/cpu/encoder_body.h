@@ -15,7 +15,6 @@ struct LayerRun {
   int64_t layer;  // -1: before the first
   int64_t first;  // token
   int64_t tokens;
-  int64_t attention_chunks;
   float* inner;     // scratch of the range: [tokens, plan->inner_stride]
   float* prepared;  // scratch of the range: of its Inputs
 
@@ -127,11 +126,22 @@ void quantize_keys_values(const void* context, int64_t begin, int64_t end) {
                     run.first + token);
 }
 
+// The context of tokens [begin, end), all heads, ready for project_context.
 void attend(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
-  const AttendTile tile = run.weights().quantized_attention ? attend_quantized_tile : attend_tile;
-  attend_units(tile, run.qkv_of(run.layer), run.first, run.tokens, run.attention_chunks, begin, end,
-               run.inner, run.plan->inner_stride);
+  const EncoderLayer& w = run.weights();
+  const AttendTile tile = w.quantized_attention ? attend_quantized_tile : attend_tile;
+  const int64_t stride = run.plan->inner_stride;
+  if (w.heads.size > 0) {
+    ProductScope scope;
+    for (int64_t head = 0; head < w.heads.count; ++head) {
+      attend_head(tile, run.qkv_of(run.layer), head, run.first + begin, run.first + end,
+                  run.inner + begin * stride + head * w.heads.size, stride, scope);
+    }
+  }
+  const Inputs inputs = run.from_inner(w.attention_output_weight);
+  if (!inputs.are_prepared()) return;
+  for (int64_t token = begin; token < end; ++token) inputs.prepare(token);
 }
 
 // hidden += inner weight^T + bias: both linear layers that end in a residual.
@@ -147,13 +157,7 @@ PACKEDBERT_INLINE void project_back(const LayerRun& run,
   multiply_units(run.units(weight), run.from_inner(weight), next, begin, end, finish);
 }
 
-// The inputs [begin, end) of project_context and project_down, where they are prepared.
-void prepare_context(const void* context, int64_t begin, int64_t end) {
-  const LayerRun& run = run_of(context);
-  const Inputs inputs = run.from_inner(run.weights().attention_output_weight);
-  for (int64_t token = begin; token < end; ++token) inputs.prepare(token);
-}
-
+// The inputs [begin, end) of project_down, where they are prepared.
 void prepare_ffn(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const Inputs inputs = run.from_inner(run.weights().down_weight);
@@ -246,9 +250,7 @@ void run_layer(const LayerRun& run, Parallel&& parallel_for) {
     for_tokens(gather_tokens);
   } else {
     const EncoderLayer& w = run.weights();
-    const int64_t attention_units = w.heads.count * run.attention_chunks;
-    if (w.heads.size > 0 && attention_units > 0) parallel_for(attention_units, 1, attend, &run);
-    if (run.from_inner(w.attention_output_weight).are_prepared()) for_tokens(prepare_context);
+    for_tokens(attend);
     multiply(w.attention_output_weight, project_context);
     for_tokens(normalize_attention);
     multiply(w.up_weight, project_up);
@@ -276,7 +278,6 @@ void run_panels(const void* context, int64_t begin, int64_t end) {
     LayerRun run = all;
     run.first = all.plan->first_token(panel, all.tokens);
     run.tokens = all.plan->first_token(panel + 1, all.tokens) - run.first;
-    run.attention_chunks = 1;
     run_layer(run, run_here);
   }
 }
@@ -336,7 +337,6 @@ void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, Pa
               .layer = -1,
               .first = 0,
               .tokens = tokens,
-              .attention_chunks = attention_chunks(tokens),
               .inner = scratch + plan.inner,
               .prepared = scratch + plan.prepared,
           },

@@ -1,6 +1,12 @@
 // pruned_attention, over Vec and Dot. Included inside the namespace and the target region of one instruction
 // set, after quantized_attention_body.h.
 
+// The work is cut into units: each a head and a chunk of the tokens, the chunks of a head side by side. Their
+// queries share the head's keys and values in the second-level cache.
+constexpr int64_t kQueriesPerUnit = 4 * kQueryRows;
+
+constexpr int64_t attention_chunks(int64_t tokens) { return ceil_div(tokens, kQueriesPerUnit); }
+
 // pruned_attention's queries stay where they are.
 inline QueriesKeysValues places_of(const PrunedAttention& a) {
   return {a.batch, a.heads, const_cast<float*>(a.qkv), 3 * a.heads.width(), a.keys, a.values};
@@ -22,8 +28,16 @@ void place_pruned_attention(const void* context, int64_t begin, int64_t end) {
 
 void attend_pruned_attention(const void* context, int64_t begin, int64_t end) {
   const PrunedAttention& a = *static_cast<const PrunedAttention*>(context);
-  attend_units(a.quantized ? attend_quantized_tile : attend_tile, places_of(a), 0, a.batch.tokens,
-               attention_chunks(a.batch.tokens), begin, end, a.output, a.heads.width());
+  const int64_t tokens = a.batch.tokens;
+  const int64_t chunks = attention_chunks(tokens);
+  ProductScope scope;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t head = unit / chunks;
+    const int64_t from = tokens * (unit % chunks) / chunks;
+    const int64_t to = tokens * (unit % chunks + 1) / chunks;
+    attend_head(a.quantized ? attend_quantized_tile : attend_tile, places_of(a), head, from, to,
+                a.output + from * a.heads.width() + head * a.heads.size, a.heads.width(), scope);
+  }
 }
 
 void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for) {
