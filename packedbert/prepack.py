@@ -119,6 +119,7 @@ class PrepackCache:
             or entry.source.shape != weight.shape
         ):
             with self._lock:
+                self._encoder = None  # it keeps the old copy alive
                 entry = _Entry(weight.detach(), version, prepack(weight))
                 self._entries[slot] = entry
         return entry.prepacked
