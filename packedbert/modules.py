@@ -291,7 +291,7 @@ class PackedBertModel(BertModel):
     ) -> Tensor:
         tables = self.embeddings
         try:
-            if type(tables) is BertEmbeddings and not _has_hooks(tables):
+            if type(tables) is BertEmbeddings and _is_plain(tables):
                 if inputs_embeds is None and position_ids is None and self._embeds_natively(input_ids, token_type_ids):
                     return _embed_natively(tables, input_ids, token_type_ids)
                 return _embed_tokens(tables, input_ids, token_type_ids, position_ids, inputs_embeds)
@@ -319,25 +319,27 @@ class PackedBertModel(BertModel):
 
     def _embeds_natively(self, input_ids: Tensor | None, token_type_ids: Tensor | None) -> bool:
         """Whether the op `embed` computes what these modules would, and has a native kernel for it."""
-        modules = self.embeddings._modules
+        modules: dict[str, Any] = self.embeddings._modules
         tables = [modules[name] for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")]
         norm = modules["LayerNorm"]
-        weights: list[Any] = [part._parameters["weight"] for part in (*tables, norm)]
+        if {*map(type, tables)} != {nn.Embedding} or type(norm) not in (nn.LayerNorm, NoNorm):
+            return False
+        weights = [part._parameters["weight"] for part in (*tables, norm)]
         return (
-            {*map(type, tables)} == {nn.Embedding}
-            and type(norm) in (nn.LayerNorm, NoNorm)
+            all(map(_is_plain, (*tables, norm)))
             and not any(table.max_norm for table in tables)
-            and not any(map(_has_hooks, (*tables, norm)))
+            and {*map(type, weights)} <= {nn.Parameter, Tensor}
+            and {weight.dtype for weight in weights} == {torch.float32}
             and all(ids is None or ids.dtype == torch.int64 for ids in (input_ids, token_type_ids))
             and (token_type_ids is None or input_ids is None or token_type_ids.shape == input_ids.shape)
-            and {weight.dtype for weight in weights} == {torch.float32}
             and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
             and dispatch.resolve(self.encoder.backend, weights[0].device, torch.float32) == "cpu"
         )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling it is calling its class's forward and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _embed_natively(tables: Any, input_ids: Tensor | None, token_type_ids: Tensor | None) -> Tensor:

@@ -42,7 +42,9 @@ class PreparedEncoder:
     """
 
     def __init__(self, weights: Sequence[Tensor], native: list[Tensor], settings: tuple[Any, ...]) -> None:
-        self.key: int = torch.ops.packedbert.prepare_encoder(native, *settings)
+        # Not the tensors themselves, which could not be swapped (torch.utils.swap_tensors) while somebody holds them.
+        held = [weight.detach() for weight in native]
+        self.key: int = torch.ops.packedbert.prepare_encoder(held, *settings)
         assert dispatch.NATIVE is not None  # it has the op
         weakref.finalize(self, dispatch.NATIVE.release_encoder, self.key)
         self._settings = settings

@@ -346,14 +346,16 @@ def test_prepared_encoder():
     run()
     assert cache._encoder.key == key  # nothing changed: nothing is prepared
     for index, weight in enumerate(weights):
-        for change in ("in place", "replaced", "other memory"):
+        for change in ("in place", "replaced", "other memory", "swapped"):
             before = run()
             if change == "in place":
                 weights[index].mul_(1.5).add_(0.25)
             elif change == "replaced":
                 weights[index] = torch.randn(weight.shape)
-            else:
+            elif change == "other memory":
                 weights[index].data = torch.randn(weight.shape)
+            else:
+                torch.utils.swap_tensors(weights[index], torch.randn(weight.shape))
             after = run()
             # A softmax doesn't see the keys' bias.
             assert not torch.equal(after, before), (index, change)

@@ -602,14 +602,36 @@ def hooked(model):
     return calls
 
 
-def rounded_words(model):
+def overridden(model):
+    calls, norm = [], model.bert.embeddings.LayerNorm
+    norm.forward = lambda x: calls.append("hook") or type(norm).forward(norm, x)
+    return calls
+
+
+class Same(torch.nn.Module):
+    def forward(self, weight):
+        return weight.clone()
+
+
+def parametrized(model):
+    torch.nn.utils.parametrize.register_parametrization(model.bert.embeddings.word_embeddings, "weight", Same())
+
+
+def with_max_norm(model):
     model.bert.embeddings.word_embeddings.max_norm = 1e9
 
 
 @pytest.mark.parametrize(
     ("change", "native"),
-    [(None, True), (hooked, False), (rounded_words, False), (lambda model: model.double().float() and None, True)],
-    ids=["plain", "a hook", "max_norm", "converted"],
+    [
+        (None, True),
+        (lambda model: model.double().float() and None, True),
+        (hooked, False),
+        (overridden, False),
+        (parametrized, False),
+        (with_max_norm, False),
+    ],
+    ids=["plain", "converted", "a hook", "another forward", "a parametrization", "max_norm"],
 )
 def test_embeddings_are_one_op_where_nothing_else_is_asked_for(change, native, monkeypatch):
     calls = []
