@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -356,7 +357,8 @@ Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
 struct PreparedEncoders {
   std::mutex mutex;
   std::map<int64_t, std::shared_ptr<const EncoderWeights>> of_key;
-  int64_t last_key = 0;
+  // Keys begin anywhere, so that one of another process is not found here.
+  int64_t last_key = static_cast<int64_t>(std::random_device{}()) << 20;
 
   // Never destroyed: at the end of a process nobody knows whether torch is still there.
   static PreparedEncoders& all() {

@@ -25,7 +25,7 @@ from .structure import EncoderStructure
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder returns; read it as transformers' BaseModelOutput, which takes longer to make than a norm."""
+    """What an encoder returns, named as in transformers' BaseModelOutput, which takes longer to make than a norm."""
 
     last_hidden_state: Tensor
     hidden_states: None = None
@@ -324,10 +324,12 @@ class PackedBertModel(BertModel):
         norm = modules["LayerNorm"]
         if {*map(type, tables)} != {nn.Embedding} or type(norm) not in (nn.LayerNorm, NoNorm):
             return False
-        weights = [part._parameters["weight"] for part in (*tables, norm)]
+        weights: list[Any] = [part._parameters.get("weight") for part in (*tables, norm)] + [
+            norm._parameters.get("bias")
+        ]
         return (
             all(map(_is_plain, (*tables, norm)))
-            and not any(table.max_norm for table in tables)
+            and all(table.max_norm is None for table in tables)
             and {*map(type, weights)} <= {nn.Parameter, Tensor}
             and {weight.dtype for weight in weights} == {torch.float32}
             and all(ids is None or ids.dtype == torch.int64 for ids in (input_ids, token_type_ids))
@@ -339,7 +341,8 @@ class PackedBertModel(BertModel):
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling it is calling its class's forward and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
+    return not (hooks or "forward" in module.__dict__)
 
 
 def _embed_natively(tables: Any, input_ids: Tensor | None, token_type_ids: Tensor | None) -> Tensor:

@@ -516,12 +516,12 @@ def _encoder_default(
     def native() -> list[Tensor]:
         return [
             prepack_cache.get(slot, weight, prepack)
-            if is_matrix and weight.dim() == 2  # else it is prepacked already
+            if is_matrix and weight.dim() == 2 and weight.dtype != torch.int8  # else it is prepacked already
             else weight.to(torch.int8 if weight.dtype == torch.int8 else dtype).contiguous()
             for slot, (weight, is_matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX), strict=False))
         ]
 
-    settings = (num_heads, activation, norm, eps, attention)
+    settings = (tuple(num_heads), activation, norm, eps, attention)
     states = hidden_states.to(dtype)
     if backend == "cpu" and cache and weights:
         prepared = prepack_cache.encoder(weights, settings, native)
@@ -603,7 +603,9 @@ def encoder(
         RuntimeError: a backend that was asked for by name and cannot run here.
     """
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *weights))
-    if type(hidden_states) is Tensor and not gradient and not torch.compiler.is_compiling():
+    # Whoever records the calls has to see the op with its weights, not a number that stands for them.
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    if type(hidden_states) is Tensor and not gradient and not recorded:
         # The op's own default, without handing all the weights to the dispatcher and back.
         return _encoder_default(
             hidden_states, attention_mask, weights, num_heads, activation, norm, eps, attention, backend, cache

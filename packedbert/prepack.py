@@ -34,27 +34,34 @@ class PreparedEncoder:
 
     Args:
         weights: what the caller has; only to see whether they are still the same.
-        native: the same as `ops.encoder_prepacked` takes them. The native library keeps them alive.
-        settings: num_heads, activation, norm, eps and attention, as `ops.encoder_prepacked` takes them.
+        settings: num_heads, activation, norm, eps and attention, as `ops.encoder_prepacked` takes them; of values that
+            don't change.
+        native: makes the weights as `ops.encoder_prepacked` takes them, each a copy or the tensor itself.
 
     Raises:
         RuntimeError: shapes or dtypes that do not agree, an unknown activation or norm.
     """
 
-    def __init__(self, weights: Sequence[Tensor], native: list[Tensor], settings: tuple[Any, ...]) -> None:
-        # Not the tensors themselves, which could not be swapped (torch.utils.swap_tensors) while somebody holds them.
-        held = [weight.detach() for weight in native]
+    def __init__(
+        self, weights: Sequence[Tensor], settings: tuple[Any, ...], native: Callable[[], list[Tensor]]
+    ) -> None:
+        self._settings = settings
+        self._weights = list(weights)
+        # Before the copies are made: what another thread changes meanwhile is a change.
+        self._addresses = list(map(_address, weights))
+        versions = _versions(weights)
+        made = native()
+        # What the kernels read in place may change.
+        copied = [slot for slot, own in enumerate(made) if _address(own) != self._addresses[slot]]
+        self._copied = [weights[slot] for slot in copied]
+        self._versions = [versions[slot] for slot in copied]
+        # They own the storage, so that no address comes back as another weight's. They are not the tensors themselves:
+        # those could not be swapped (torch.utils.swap_tensors) while somebody holds them.
+        self._sources = [weight.detach() for weight in self._copied]
+        held = [weight.detach() for weight in made]
         self.key: int = torch.ops.packedbert.prepare_encoder(held, *settings)
         assert dispatch.NATIVE is not None  # it has the op
         weakref.finalize(self, dispatch.NATIVE.release_encoder, self.key)
-        self._settings = settings
-        self._weights = list(weights)
-        self._addresses = list(map(_address, weights))
-        # What the kernels read in place may change.
-        self._copied = [
-            weight for weight, own in zip(weights, native, strict=True) if _address(weight) != _address(own)
-        ]
-        self._versions = _versions(self._copied)
 
     def fits(self, weights: Sequence[Tensor], settings: tuple[Any, ...]) -> bool:
         """Whether it still is what `weights` and `settings` say: the same tensors, in the same place, unchanged."""
@@ -77,7 +84,7 @@ class PrepackCache:
     """The prepacked copies of one encoder's weights, each renewed when its weight was replaced or changed.
 
     A change is seen by the tensor's version counter, so by `load_state_dict`, `.to()`, and in-place updates;
-    not by writes through `.data`, which PyTorch does not count: call `clear()` after those.
+    not by writes through `.data`, nor to inference tensors, which PyTorch does not count: call `clear()` after those.
 
     An op can only carry tensors and numbers, so an encoder hands its cache over by `key`. Looking it up inside
     the op is also what lets a compiled graph notice that a weight changed.
@@ -132,5 +139,5 @@ class PrepackCache:
         """The encoder prepared, anew if it changed: then `native()` are its weights as the kernels take them."""
         encoder = self._encoder
         if encoder is None or not encoder.fits(weights, settings):
-            encoder = self._encoder = PreparedEncoder(weights, native(), settings)
+            encoder = self._encoder = PreparedEncoder(weights, settings, native)
         return encoder

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import HIDDEN, assert_as_exact_as_torch, prepacked_layers, random_layers
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from packedbert import dispatch, ops, reference
 from packedbert.prepack import PreparedEncoder
@@ -368,9 +369,43 @@ def test_prepared_encoder():
         torch.ops.packedbert.encoder_prepared(hidden, None, key)
     with pytest.raises(RuntimeError, match=r"prepare_encoder: weights: expected 12 tensors for 1 layers, got 24"):
         torch.ops.packedbert.prepare_encoder(weights, [1], "gelu", "none", 0.0, "fp32")
-    prepared = PreparedEncoder(weights, prepacked_layers(weights), ([1, 1], "gelu", "layer_norm", 1e-12, "fp32"))
+    settings = ((1, 1), "gelu", "layer_norm", 1e-12, "fp32")
+    prepared = PreparedEncoder(weights, settings, lambda: prepacked_layers(weights))
     with pytest.raises(RuntimeError, match=r"hidden_states: expected \[batch, length, \d+\], got \[1, 3, 5\]"):
         torch.ops.packedbert.encoder_prepared(torch.zeros(1, 3, 5), None, prepared.key)
+
+
+@pytest.mark.skipif(dispatch.NATIVE is None, reason="the native library is not built")
+def test_a_weight_that_changes_while_it_is_prepared():
+    weights, hidden, cache = random_layers([1], [4]), torch.randn(1, 3, HIDDEN), ops.PrepackCache()
+    changes = iter([lambda: weights[0].mul_(2)])
+
+    def native():
+        packed = prepacked_layers(weights)
+        next(changes, lambda: None)()  # as another thread might, after the copy was made
+        return packed
+
+    settings = ((1,), "gelu", "layer_norm", 1e-12, "fp32")
+    cache.encoder(weights, settings, native)
+    key = cache.encoder(weights, settings, native).key
+    fresh = ops.encoder(hidden, None, weights, [1], backend="cpu")
+    assert torch.equal(torch.ops.packedbert.encoder_prepared(hidden, None, key), fresh)
+
+
+@pytest.mark.skipif(dispatch.NATIVE is None, reason="the native library is not built")
+def test_what_records_an_encoder_sees_its_weights():
+    weights, hidden, cache = random_layers([1], [4]), torch.randn(1, 3, HIDDEN), ops.PrepackCache()
+
+    def run(states):
+        return ops.encoder(states, None, weights, [1], backend="cpu", cache=cache.key)
+
+    run(hidden)  # an encoder is prepared
+    graph = make_fx(run)(hidden).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.packedbert.encoder.default]
+    traced = torch.jit.trace(run, (hidden,), check_trace=False)
+    assert "encoder_prepared" not in str(traced.graph)
+    weights[0].mul_(2)
+    assert torch.equal(traced(hidden), run(hidden))
 
 
 # ----------------------------------------------------------------------------------------------------- errors

@@ -11,6 +11,7 @@ import torch
 import transformers
 from models import ARCHITECTURES, encoder_of, inputs, prune, some_pruning, tiny_bert, tiny_config
 from torch import nn
+from torch.nn.utils.prune import identity
 
 import packedbert
 from packedbert import dispatch
@@ -621,6 +622,10 @@ def with_max_norm(model):
     model.bert.embeddings.word_embeddings.max_norm = 1e9
 
 
+def pruned_words(model):
+    identity(model.bert.embeddings.word_embeddings, "weight")
+
+
 @pytest.mark.parametrize(
     ("change", "native"),
     [
@@ -630,8 +635,9 @@ def with_max_norm(model):
         (overridden, False),
         (parametrized, False),
         (with_max_norm, False),
+        (pruned_words, False),
     ],
-    ids=["plain", "converted", "a hook", "another forward", "a parametrization", "max_norm"],
+    ids=["plain", "converted", "a hook", "another forward", "a parametrization", "max_norm", "prune"],
 )
 def test_embeddings_are_one_op_where_nothing_else_is_asked_for(change, native, monkeypatch):
     calls = []
@@ -646,3 +652,11 @@ def test_embeddings_are_one_op_where_nothing_else_is_asked_for(change, native, m
     on_cpu = packedbert.dispatch.resolve("auto", torch.device("cpu"), torch.float32) == "cpu"
     assert calls == (["op"] if native and on_cpu else [])
     assert seen in (None, ["hook"])
+
+
+def test_embeddings_without_a_bias():
+    model = pruned("BertForQuestionAnswering")
+    batch = batch_for(model)
+    model.bert.embeddings.LayerNorm.bias = None
+    expected = run(model, batch)
+    assert_same_on_real_tokens(run(packedbert.patch_model(model), batch), expected, batch["attention_mask"])
