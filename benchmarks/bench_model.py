@@ -9,7 +9,8 @@ caches. Before it, torch's threads do small products for SETTLE seconds: ONNX Ru
 to 50 ms after they are done, and a processor that rests wakes slowly (after 50 ms of sleep a call of 2 ms took 5, and
 the next one 2.9). "hot" comes after calls of WARM seconds: one, where it takes that long. A processor with a large last
 level cache takes its time to fill it: on one with 480 MB packedbert's calls at (1, 32) took 7.4, 6.3, 6.1, 6.1 ms, 5.6
-after ten and 5.2 after twenty, in int8 3.9, 3.1, 2.8, 2.5 and 2.0 after ten (OpenVINO's 14.8, 11.3, 11.0, 10.8, 10.7).
+after ten and 5.2 after twenty, in int8 3.9, 3.1, 2.8, 2.5 and 2.0 after ten (OpenVINO's 14.8, 11.3, 11.0, 10.8, 10.7;
+by hand).
 """
 
 from __future__ import annotations

@@ -173,13 +173,12 @@ class PackedEncoder(nn.Module):
                 all_hidden_states=all_hidden_states,
                 attentions=attentions,
             )
-        elif not self._prepacked:
+        elif not self._prepacked or (
+            self._native and hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
+        ):
+            backend = "cpu" if self._prepacked else self.backend
             output = ops.encoder(
-                hidden_states, attention_mask, stored, *settings, self.attention, self.backend, self._cache.key
-            )
-        elif self._native and hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32:
-            output = ops.encoder(
-                hidden_states, attention_mask, stored, *settings, self.attention, "cpu", self._cache.key
+                hidden_states, attention_mask, stored, *settings, self.attention, backend, self._cache.key
             )
         else:
             output = ops.encoder(hidden_states, attention_mask, self.weights(), *settings, self.attention, self.backend)
@@ -292,8 +291,10 @@ class PackedBertModel(BertModel):
         tables = self.embeddings
         try:
             if type(tables) is BertEmbeddings and _is_plain(tables):
-                if inputs_embeds is None and position_ids is None and self._embeds_natively(input_ids, token_type_ids):
-                    return _embed_natively(tables, input_ids, token_type_ids)
+                if input_ids is not None and position_ids is None:
+                    embedded = self._embed_natively(input_ids, token_type_ids)
+                    if embedded is not None:
+                        return embedded
                 return _embed_tokens(tables, input_ids, token_type_ids, position_ids, inputs_embeds)
             return tables(
                 input_ids=input_ids,
@@ -317,49 +318,35 @@ class PackedBertModel(BertModel):
                     ) from error
             raise
 
-    def _embeds_natively(self, input_ids: Tensor | None, token_type_ids: Tensor | None) -> bool:
-        """Whether the op `embed` computes what these modules would, and has a native kernel for it."""
+    def _embed_natively(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor | None:
+        """What these modules would give, from the op `embed`; None where it would differ, or has no native kernel."""
         modules: dict[str, Any] = self.embeddings._modules
         tables = [modules[name] for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")]
         norm = modules["LayerNorm"]
         if {*map(type, tables)} != {nn.Embedding} or type(norm) not in (nn.LayerNorm, NoNorm):
-            return False
-        weights: list[Any] = [part._parameters.get("weight") for part in (*tables, norm)] + [
-            norm._parameters.get("bias")
-        ]
-        return (
+            return None
+        weights: list[Any] = [part._parameters.get("weight") for part in (*tables, norm)]
+        weights.append(norm._parameters.get("bias"))
+        same = (
             all(map(_is_plain, (*tables, norm)))
             and all(table.max_norm is None for table in tables)
             and {*map(type, weights)} <= {nn.Parameter, Tensor}
             and {weight.dtype for weight in weights} == {torch.float32}
             and all(ids is None or ids.dtype == torch.int64 for ids in (input_ids, token_type_ids))
-            and (token_type_ids is None or input_ids is None or token_type_ids.shape == input_ids.shape)
+            and (token_type_ids is None or token_type_ids.shape == input_ids.shape)
             and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
-            and dispatch.resolve(self.encoder.backend, weights[0].device, torch.float32) == "cpu"
         )
+        if not same or dispatch.resolve(self.encoder.backend, weights[0].device, torch.float32) != "cpu":
+            return None
+        kind, eps = ("no_norm", 0.0) if type(norm) is NoNorm else ("layer_norm", norm.eps)
+        words, types, positions, scale, shift = weights
+        return ops.embed(input_ids, token_type_ids, words, types, positions, kind, scale, shift, eps)
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling it is calling its class's forward and nothing else."""
     hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
     return not (hooks or "forward" in module.__dict__)
-
-
-def _embed_natively(tables: Any, input_ids: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
-    """BertEmbeddings.forward in one op."""
-    assert input_ids is not None
-    norm = tables.LayerNorm
-    return ops.embed(
-        input_ids,
-        token_type_ids,
-        tables.word_embeddings.weight,
-        tables.token_type_embeddings.weight,
-        tables.position_embeddings.weight,
-        "no_norm" if type(norm) is NoNorm else "layer_norm",
-        norm.weight,
-        norm.bias,
-        getattr(norm, "eps", 0.0),
-    )
 
 
 def _embed_tokens(

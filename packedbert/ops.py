@@ -7,9 +7,9 @@ machines without the library, so that the same call works everywhere. Two more, 
 kernels only.
 
 A weight that a model stores is *canonical*, [out_features, in_features]. Kernels want it *prepacked*, in a
-blocked layout that depends on the device (csrc/packed_layout.h). `encoder` takes canonical weights and keeps the
-prepacked ones in a `PrepackCache`; `packed_linear` and `encoder_prepacked` take what `prepack_linear` returned on
-the same device.
+blocked layout that depends on the device (csrc/packed_layout.h). `encoder` takes canonical weights, or prepacked ones
+on the CPU, and keeps what it prepacks in a `PrepackCache`; `packed_linear` and `encoder_prepacked` take what
+`prepack_linear` returned on the same device.
 
 Ops have no gradient: modules.py takes the differentiable `reference.encoder` where one is asked for.
 """
@@ -587,7 +587,7 @@ def encoder(
         attention_mask: None (all tokens are real) or [batch, length], non-zero for real tokens, in any pattern
             (holes, left padding, rows without any).
         weights: the canonical `reference.LayerWeights` of all layers, one after the other; a matrix may be in half
-            precision, or int8 as `quantization.pack_quantized` returned it.
+            precision, int8 as `quantization.pack_quantized` returned it, or as `prepack_linear` did for the CPU.
         num_heads: heads left in each layer.
         activation: of the FFN, as in `packed_linear`.
         norm: after each residual, as in `packed_linear`.

@@ -1,7 +1,7 @@
 """What the kernels make of an encoder's weights once, and keep until the weights change.
 
-PrepackCache       of one encoder: the copies of its matrices in the kernels' layout, and the PreparedEncoder
-  PreparedEncoder  all weights as the native CPU kernels take them, checked: a call names them by a number
+A `PrepackCache` has the copies of one encoder's matrices in the kernels' layout, and its `PreparedEncoder`: all weights
+as the native CPU kernels take them, checked, which a call names by a number.
 """
 
 import itertools
@@ -17,14 +17,17 @@ from torch import Tensor
 from . import dispatch
 
 _address = Tensor.data_ptr
-_version = operator.attrgetter("_version")
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version  # inference tensors have none
 
 
 def _versions(weights: Sequence[Tensor]) -> list[int]:
     try:
+        return list(map(operator.attrgetter("_version"), weights))
+    except RuntimeError:
         return list(map(_version, weights))
-    except RuntimeError:  # inference tensors have none
-        return [0 if weight.is_inference() else weight._version for weight in weights]
 
 
 class PreparedEncoder:
@@ -119,7 +122,7 @@ class PrepackCache:
 
     def get(self, slot: int, weight: Tensor, prepack: Callable[[Tensor], Tensor]) -> Tensor:
         """The prepacked copy of the canonical weight in that slot of the encoder's list of weights."""
-        version = 0 if weight.is_inference() else weight._version
+        version = _version(weight)
         entry = self._entries.get(slot)
         if (
             entry is None
