@@ -40,6 +40,20 @@ struct LayerRun {
   }
 };
 
+// Calls work(token, row) for the rows [begin, end) of `size` floats, and brings the next one to the
+// first-level cache: where threads share a step, others have written half of it.
+template <typename Work>
+PACKEDBERT_INLINE void for_rows(
+    float* rows, int64_t stride, int64_t size, int64_t begin, int64_t end, const Work& work) {
+  for (int64_t token = begin; token < end; ++token) {
+    float* row = rows + token * stride;
+    if (token + 1 < end) {
+      for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(row + stride + i, 0, 3);
+    }
+    work(token, row);
+  }
+}
+
 inline const LayerRun& run_of(const void* context) { return *static_cast<const LayerRun*>(context); }
 
 // Tokens [begin, end) of the range, from the padded batch.
@@ -121,9 +135,10 @@ void quantize_keys_values(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const QueriesKeysValues next = run.qkv_of(run.layer + 1);
   const QuantizedKeysValues to = QuantizedKeysValues::at(next.keys, next.batch, next.heads);
-  for (int64_t token = begin; token < end; ++token)
-    place_quantized(to, next.batch, next.heads, run.inner + token * run.plan->inner_stride,
-                    run.first + token);
+  for_rows(run.inner, run.plan->inner_stride, 2 * next.heads.width(), begin, end,
+           [&](int64_t token, const float* row) PACKEDBERT_INLINE_LAMBDA {
+             place_quantized(to, next.batch, next.heads, row, run.first + token);
+           });
 }
 
 // The context of tokens [begin, end), all heads, ready for project_context.
@@ -161,7 +176,8 @@ PACKEDBERT_INLINE void project_back(const LayerRun& run,
 void prepare_ffn(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const Inputs inputs = run.from_inner(run.weights().down_weight);
-  for (int64_t token = begin; token < end; ++token) inputs.prepare(token);
+  for_rows(run.inner, run.plan->inner_stride, inputs.weight.in_features, begin, end,
+           [&](int64_t token, const float*) PACKEDBERT_INLINE_LAMBDA { inputs.prepare(token); });
 }
 
 void project_context(const void* context, int64_t begin, int64_t end) {
@@ -173,12 +189,13 @@ void project_context(const void* context, int64_t begin, int64_t end) {
 void normalize_attention(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const EncoderLayer& w = run.weights();
-  for (int64_t token = begin; token < end; ++token) {
-    float* x = run.hidden() + token * run.plan->hidden_stride;
-    normalize_row(run.encoder->norm, x, run.encoder->hidden_size, w.attention_norm_weight,
-                  w.attention_norm_bias, run.encoder->eps, x);
-    run.from_hidden(w.up_weight).prepare(token);
-  }
+  const int64_t size = run.encoder->hidden_size;
+  for_rows(run.hidden(), run.plan->hidden_stride, size, begin, end,
+           [&](int64_t token, float* x) PACKEDBERT_INLINE_LAMBDA {
+             normalize_row(run.encoder->norm, x, size, w.attention_norm_weight, w.attention_norm_bias,
+                           run.encoder->eps, x);
+             run.from_hidden(w.up_weight).prepare(token);
+           });
 }
 
 void project_up(const void* context, int64_t begin, int64_t end) {
@@ -206,12 +223,14 @@ void normalize_output(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const EncoderLayer& w = run.weights();
   const int64_t size = run.encoder->hidden_size;
-  for (int64_t token = begin; token < end; ++token) {
-    float* x = run.hidden() + token * run.plan->hidden_stride;
-    float* to = run.is_last() ? run.encoder->output + run.encoder->rows[run.first + token] * size : x;
-    normalize_row(run.encoder->norm, x, size, w.output_norm_weight, w.output_norm_bias, run.encoder->eps, to);
-    if (!run.is_last()) run.from_hidden(run.next_weights().qkv_weight).prepare(token);
-  }
+  for_rows(run.hidden(), run.plan->hidden_stride, size, begin, end,
+           [&](int64_t token, float* x) PACKEDBERT_INLINE_LAMBDA {
+             float* to =
+                 run.is_last() ? run.encoder->output + run.encoder->rows[run.first + token] * size : x;
+             normalize_row(run.encoder->norm, x, size, w.output_norm_weight, w.output_norm_bias,
+                           run.encoder->eps, to);
+             if (!run.is_last()) run.from_hidden(run.next_weights().qkv_weight).prepare(token);
+           });
 }
 
 // A ParallelFor without threads.
