@@ -7,7 +7,7 @@
 Parameter names and shapes are those of a packed checkpoint (see `reference.LayerWeights` for the shapes).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 from . import dispatch, ops, reference
 from .config import PackedBertConfig
 from .layers import NoNorm, PackedLayer, PrepackedLinear, QuantizedLinear, StoredQuantizedLinear, WeightAndBias
+from .prepack import allocate_together
 from .quantization import QuantizationPlan, QuantizedWeight, is_skipped, plan_quantization
 from .reference import MATRICES, LayerWeights
 from .structure import EncoderStructure
@@ -127,6 +128,10 @@ class PackedEncoder(nn.Module):
         """Keep the matrices as the kernels take them, and nothing else."""
         for layer in self.layer:
             layer.prepack()  # type: ignore[operator]
+        weights = [part.weight for part in self.matrices().values() if part.weight.device.type == "cpu"]
+        places = allocate_together([(weight.shape, weight.dtype) for weight in weights])
+        for weight, place in zip(weights, places, strict=True):
+            weight.data = place.copy_(weight.data)
         self.clear_cache()
         self._prepacked = True
         self._native = self._runs_natively()
@@ -290,7 +295,7 @@ class PackedBertModel(BertModel):
     ) -> Tensor:
         tables = self.embeddings
         try:
-            if type(tables) is BertEmbeddings and _is_plain(tables):
+            if type(tables) is BertEmbeddings and _are_plain([tables]):
                 if input_ids is not None and position_ids is None:
                     embedded = self._embed_natively(input_ids, token_type_ids)
                     if embedded is not None:
@@ -321,32 +326,39 @@ class PackedBertModel(BertModel):
     def _embed_natively(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor | None:
         """What these modules would give, from the op `embed`; None where it would differ, or has no native kernel."""
         modules: dict[str, Any] = self.embeddings._modules
-        tables = [modules[name] for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")]
-        norm = modules["LayerNorm"]
-        if {*map(type, tables)} != {nn.Embedding} or type(norm) not in (nn.LayerNorm, NoNorm):
-            return None
-        weights: list[Any] = [part._parameters.get("weight") for part in (*tables, norm)]
+        *tables, norm = parts = [modules[name] for name in _EMBEDDING_PARTS]
+        weights: list[Any] = [part._parameters.get("weight") for part in parts]
         weights.append(norm._parameters.get("bias"))
-        same = (
-            all(map(_is_plain, (*tables, norm)))
-            and all(table.max_norm is None for table in tables)
-            and {*map(type, weights)} <= {nn.Parameter, Tensor}
-            and {weight.dtype for weight in weights} == {torch.float32}
-            and all(ids is None or ids.dtype == torch.int64 for ids in (input_ids, token_type_ids))
-            and (token_type_ids is None or token_type_ids.shape == input_ids.shape)
-            and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
-        )
-        if not same or dispatch.resolve(self.encoder.backend, weights[0].device, torch.float32) != "cpu":
+        gradient = torch.is_grad_enabled()
+        # Every call comes here: plain loops, each over what the one before has loaded.
+        if type(norm) not in (nn.LayerNorm, NoNorm) or not _are_plain(parts):
+            return None
+        for table in tables:
+            if type(table) is not nn.Embedding or table.max_norm is not None:
+                return None
+        for weight in weights:
+            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != torch.float32:
+                return None
+            if gradient and weight.requires_grad:
+                return None
+        for ids in (input_ids, token_type_ids):
+            if ids is not None and (ids.dtype != torch.int64 or ids.shape != input_ids.shape):
+                return None
+        if dispatch.resolve(self.encoder.backend, weights[0].device, torch.float32) != "cpu":
             return None
         kind, eps = ("no_norm", 0.0) if type(norm) is NoNorm else ("layer_norm", norm.eps)
         words, types, positions, scale, shift = weights
         return ops.embed(input_ids, token_type_ids, words, types, positions, kind, scale, shift, eps)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling it is calling its class's forward and nothing else."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
-    return not (hooks or "forward" in module.__dict__)
+def _are_plain(modules: Sequence[nn.Module]) -> bool:
+    """Whether calling each is calling its class's forward and nothing else."""
+    if nn.modules.module._has_any_global_hook():
+        return False
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+    return True
 
 
 def _embed_tokens(
@@ -369,6 +381,8 @@ def _embed_tokens(
 
 # save_pretrained writes the class name into config.json, where it names the stock architecture.
 PackedBertModel.__name__ = BertModel.__name__
+
+_EMBEDDING_PARTS = ("word_embeddings", "token_type_embeddings", "position_embeddings", "LayerNorm")
 
 #: Arguments that change nothing for an encoder in inference.
 _IGNORED = {"cache_position", "num_items_in_batch", "use_cache"}

@@ -514,11 +514,19 @@ def _encoder_default(
         return prepack_linear(matrix.to(dtype))
 
     def native() -> list[Tensor]:
+        matrices = {
+            slot: weight
+            for slot, (weight, is_matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX), strict=False))
+            if is_matrix and weight.dim() == 2 and weight.dtype != torch.int8  # else it is prepacked already
+        }
+        if backend == "cpu":
+            shapes = {slot: _prepacked_shape(w.shape[0], w.shape[1], w.device, dtype) for slot, w in matrices.items()}
+            prepack_cache.reserve(shapes, dtype)
         return [
             prepack_cache.get(slot, weight, prepack)
-            if is_matrix and weight.dim() == 2 and weight.dtype != torch.int8  # else it is prepacked already
+            if slot in matrices
             else weight.to(torch.int8 if weight.dtype == torch.int8 else dtype).contiguous()
-            for slot, (weight, is_matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX), strict=False))
+            for slot, weight in enumerate(weights)
         ]
 
     settings = (tuple(num_heads), activation, norm, eps, attention)

@@ -10,8 +10,8 @@ from op_cases import HIDDEN, assert_as_exact_as_torch, prepacked_layers, random_
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from packedbert import dispatch, ops, reference
-from packedbert.prepack import PreparedEncoder
-from packedbert.reference import ACTIVATIONS, NORMS, LayerWeights
+from packedbert.prepack import PreparedEncoder, allocate_together
+from packedbert.reference import ACTIVATIONS, MATRICES, NORMS, LayerWeights
 
 
 def linear_arguments(rows=5, in_features=7, out_features=9, activation="gelu", norm="layer_norm", residual=True):
@@ -373,6 +373,39 @@ def test_prepared_encoder():
     prepared = PreparedEncoder(weights, settings, lambda: prepacked_layers(weights))
     with pytest.raises(RuntimeError, match=r"hidden_states: expected \[batch, length, \d+\], got \[1, 3, 5\]"):
         torch.ops.packedbert.encoder_prepared(torch.zeros(1, 3, 5), None, prepared.key)
+
+
+def test_allocate_together():
+    kinds = [((3, 5), torch.float32), ((0, 4), torch.float32), ((7,), torch.int8), ((2, 1), torch.float32)]
+    tensors = allocate_together(kinds)
+    assert [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] == kinds
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors if tensor.numel() > 0)
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors))  # none overlaps another
+    assert [tensor.shape for tensor in allocate_together([((0,), torch.int8)])] == [(0,)]
+    assert allocate_together([]) == []
+
+
+@pytest.mark.skipif(dispatch.NATIVE is None, reason="the native library is not built")
+def test_copies_of_weights_lie_together():
+    weights, hidden, cache = random_layers([1, 1], [4, 3]), torch.randn(1, 3, HIDDEN), ops.PrepackCache()
+
+    def copies():
+        ops.encoder(hidden, None, weights, [1, 1], backend="cpu", cache=cache.key)
+        return [entry.prepacked for _, entry in sorted(cache._entries.items())]
+
+    before = copies()
+    assert len(before) == 2 * len(MATRICES)
+    assert len({copy.untyped_storage().data_ptr() for copy in before}) == 1
+    weights[0].mul_(2)
+    kept = before[0].clone()
+    after = copies()
+    # A call that is in progress may still read the old copy.
+    assert torch.equal(before[0], kept)
+    assert torch.equal(after[0], 2 * kept)
+    assert [a.data_ptr() == b.data_ptr() for a, b in zip(after, before, strict=True)] == [False] + [True] * 7
 
 
 @pytest.mark.skipif(dispatch.NATIVE is None, reason="the native library is not built")
