@@ -7,10 +7,7 @@ model's floating-point operations take at the rate of the sgemms of the same cel
 Each turn is two timed calls. "cold" comes after those of all other peers, whose weights have driven its own out of the
 caches. Before it, torch's threads do small products for SETTLE seconds: ONNX Runtime's threads keep a core busy for 10
 to 50 ms after they are done, and a processor that rests wakes slowly (after 50 ms of sleep a call of 2 ms took 5, and
-the next one 2.9). "hot" comes after calls of WARM seconds: one, where it takes that long. A processor with a large last
-level cache takes its time to fill it: on one with 480 MB packedbert's calls at (1, 32) took 7.4, 6.3, 6.1, 6.1 ms, 5.6
-after ten and 5.2 after twenty, in int8 3.9, 3.1, 2.8, 2.5 and 2.0 after ten (OpenVINO's 14.8, 11.3, 11.0, 10.8, 10.7;
-by hand).
+the next one 2.9). "hot" comes after calls of machine.WARM seconds: one, where it takes that long.
 """
 
 from __future__ import annotations
@@ -40,10 +37,10 @@ from packedbert import bench
 DENSE_EVERYWHERE = ("packedbert", "PyTorch eager")
 
 #: Seconds that a peer is timed for in a cell, and the fewest and most turns.
-BUDGET, LEAST, MOST = 1.5, 3, 10
+BUDGET, LEAST, MOST = 1.5, 3, 9
 
-#: Seconds of small products between one peer's calls and the next one's, and of a peer's calls before the hot one.
-SETTLE, WARM = 0.05, 0.1
+#: Seconds of small products between one peer's calls and the next one's.
+SETTLE = 0.05
 
 #: Largest difference from PyTorch eager that a peer's logits may have, as a multiple of their spread.
 TOLERANCE = {"fp32": 1e-4, "int8": 0.5}
@@ -82,7 +79,7 @@ def check(
     """
     errors, slowest = {}, 0.0
     for peer, run in runners.items():
-        logits = run(*data)
+        logits = torch.stack([*run(*data)])
         start = time.perf_counter()
         run(*data)  # the first call may have compiled something for this shape
         seconds = time.perf_counter() - start
@@ -105,21 +102,13 @@ def measure(
     def call(run: Runner, ahead: int) -> Callable[[int], object]:
         return lambda index: run(*data[(index + ahead) % len(data)])
 
-    def repeat(call: Callable[[int], object], seconds: float) -> Callable[[int], object]:
-        def run(index: int) -> None:
-            end = time.perf_counter() + seconds
-            while time.perf_counter() < end:
-                call(index)
-
-        return run
-
     small = torch.randn(256, 256)
-    settle = repeat(lambda _: small @ small, SETTLE)
+    settle = bench.repeated(lambda _: small @ small, SETTLE)
     calls: dict[Any, Callable[[int], object]] = {"sgemm": machine.Sgemm()}
     for peer, run in runners.items():
         calls["settle", peer] = settle
         calls[peer, "cold"] = call(run, 0)
-        calls["warm", peer] = repeat(call(run, 1), WARM)
+        calls["warm", peer] = bench.repeated(call(run, 1), machine.WARM)
         calls[peer, "hot"] = call(run, 2)
     rounds = max(LEAST, min(MOST, int(BUDGET / slowest)))
     times: dict[Any, list[float]] = bench.interleaved(calls, rounds, warmup=0)
@@ -134,7 +123,7 @@ def rows(
     for batch, length in cells:
         data = batches(batch, length, structure.vocab_size)
         eager = next(run for peer, run in runners.items() if peer.name == "PyTorch eager")
-        errors, slowest = check(runners, eager(*data[0]), data[0])
+        errors, slowest = check(runners, torch.stack([*eager(*data[0])]), data[0])
         times, rate = measure({peer: runners[peer] for peer in errors}, data, slowest)
         flops = structure.flops(batch, length)
         for (peer, cache), seconds in times.items():

@@ -1,4 +1,4 @@
-"""Every way to run a pruned BERT, behind one interface: a function from (input_ids, attention_mask) to logits.
+"""Every way to run a pruned BERT, behind one interface: a function from (input_ids, attention_mask) to two logits.
 
 Each `Peer` builds one runner from stock transformers modules, dense or with the narrow widths. What isn't installed, or
 can't do a model, raises `Missing` with a line that says so; the benchmark prints it and goes on.
@@ -13,7 +13,7 @@ import struct
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-#: (input_ids, attention_mask), both int64 [batch, length], to the start and end logits, [2, batch, length].
-Runner = Callable[[Tensor, Tensor], Tensor]
+#: (input_ids, attention_mask), both int64 [batch, length], to the start and the end logits, each [batch, length].
+Runner = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 CALIBRATION_BATCHES = 8
 
@@ -65,9 +65,9 @@ def torch_runner(model: Callable[..., Any]) -> Runner:
     """A runner of anything that is called like a transformers model."""
 
     @torch.inference_mode()
-    def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def run(input_ids: Tensor, attention_mask: Tensor) -> Sequence[Tensor]:
         output = model(input_ids=input_ids, attention_mask=attention_mask)
-        return torch.stack([output.start_logits, output.end_logits])
+        return output.start_logits, output.end_logits
 
     return run
 
@@ -144,9 +144,9 @@ def onnxruntime_session(file: Path, folder: tempfile.TemporaryDirectory[str]) ->
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
-    def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def run(input_ids: Tensor, attention_mask: Tensor) -> Sequence[Tensor]:
         feed = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
-        return torch.stack([torch.from_numpy(logits) for logits in session.run(None, feed)])
+        return [torch.from_numpy(logits) for logits in session.run(None, feed)]
 
     run.folder = folder  # type: ignore[attr-defined]  # the files live as long as the runner
     return run
@@ -191,9 +191,9 @@ def openvino_runner(graph: Any) -> Runner:
     }
     request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
 
-    def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def run(input_ids: Tensor, attention_mask: Tensor) -> Sequence[Tensor]:
         outputs = request.infer([input_ids.numpy(), attention_mask.numpy()])
-        return torch.stack([torch.from_numpy(outputs[index].copy()) for index in range(2)])
+        return [torch.from_numpy(outputs[index].copy()) for index in range(2)]
 
     return run
 
@@ -252,7 +252,7 @@ def nn_pruning(model: nn.Module) -> Runner:
     assert requests is not None
     assert replies is not None
 
-    def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def run(input_ids: Tensor, attention_mask: Tensor) -> Sequence[Tensor]:
         batch, length = input_ids.shape
         requests.write(
             struct.pack("<2q", batch, length) + input_ids.numpy().tobytes() + attention_mask.numpy().tobytes()
@@ -261,7 +261,7 @@ def nn_pruning(model: nn.Module) -> Runner:
         logits = replies.read(2 * batch * length * 4)
         if not logits:
             raise RuntimeError(f"{python} ended with status {process.wait()}")
-        return torch.frombuffer(bytearray(logits), dtype=torch.float32).view(2, batch, length)
+        return torch.frombuffer(bytearray(logits), dtype=torch.float32).view(2, batch, length).unbind()
 
     weakref.finalize(run, process.kill)
     run.folder = folder  # type: ignore[attr-defined]  # the files live as long as the runner

@@ -296,6 +296,17 @@ def interleaved(calls: Mapping[Key, Callable[[int], object]], rounds: int, warmu
     return seconds
 
 
+def repeated(call: Callable[[int], object], seconds: float) -> Callable[[int], object]:
+    """A call that is `call`, again and again for so many seconds: what it needs is in the caches then."""
+
+    def run(index: int) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            call(index)
+
+    return run
+
+
 @torch.inference_mode()
 def race(models: Mapping[str, nn.Module], structure: Structure, batch: int, length: int, rounds: int) -> list["Result"]:
     """Time models on the same unpadded batches, in turns."""
