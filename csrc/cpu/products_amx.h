@@ -184,8 +184,8 @@ struct ProductScope {
   // Weights of one step, split, and the place for those of the next.
   alignas(64) uint16_t weights[2][kStepSize];
   int turn = 0;
-  const float* ready =
-      nullptr;  // of which the first step is in weights[turn], and early pairs of the second in the other
+  // The block whose first step is in weights[turn], and whose second one's early pairs are in the other.
+  const float* ready = nullptr;
 };
 
 // Where the weights of a step lie in a block of a panel; null where there are none.
