@@ -509,6 +509,7 @@ def _encoder_default(
         canonical = [weight.to(dtype).contiguous() for weight in weights]
         return triton_kernels.encoder(hidden_states, mask, canonical, num_heads, activation, norm, eps)
     prepack_cache = PrepackCache.find(cache)
+    kept = backend == "cpu" and cache != 0
 
     def prepack(matrix: Tensor) -> Tensor:
         return prepack_linear(matrix.to(dtype))
@@ -519,7 +520,7 @@ def _encoder_default(
             for slot, (weight, is_matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX), strict=False))
             if is_matrix and weight.dim() == 2 and weight.dtype != torch.int8  # else it is prepacked already
         }
-        if backend == "cpu":
+        if kept:  # memory mapped for one call would cost more than it gains
             shapes = {slot: _prepacked_shape(w.shape[0], w.shape[1], w.device, dtype) for slot, w in matrices.items()}
             prepack_cache.reserve(shapes, dtype)
         return [
@@ -531,7 +532,7 @@ def _encoder_default(
 
     settings = (tuple(num_heads), activation, norm, eps, attention)
     states = hidden_states.to(dtype)
-    if backend == "cpu" and cache and weights:
+    if kept and weights:
         prepared = prepack_cache.encoder(weights, settings, native)
         output = torch.ops.packedbert.encoder_prepared(states, mask, prepared.key)
     else:
