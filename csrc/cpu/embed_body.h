@@ -16,8 +16,7 @@ void embed_tokens(const void* context, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     if (token + 1 < end) {
       // A word's row is anywhere in 90 MB.
-      const float* next = e.words + e.word_ids[token + 1] * size;
-      for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(next + i, 0, 3);
+      prefetch_row(e.words + e.word_ids[token + 1] * size, size);
     }
     float* x = e.output + token * size;
     add_rows(e.words + e.word_ids[token] * size, e.types + (e.type_ids ? e.type_ids[token] * size : 0),

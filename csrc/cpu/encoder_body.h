@@ -47,9 +47,7 @@ PACKEDBERT_INLINE void for_rows(
     float* rows, int64_t stride, int64_t size, int64_t begin, int64_t end, const Work& work) {
   for (int64_t token = begin; token < end; ++token) {
     float* row = rows + token * stride;
-    if (token + 1 < end) {
-      for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(row + stride + i, 0, 3);
-    }
+    if (token + 1 < end) prefetch_row(row + stride, size);
     work(token, row);
   }
 }

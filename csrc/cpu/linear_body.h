@@ -54,6 +54,11 @@ struct Units {
   }
 };
 
+// Brings a row of `size` floats to the first-level cache, to be read.
+PACKEDBERT_INLINE void prefetch_row(const float* row, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(row + i, 0, 3);
+}
+
 // Brings rows of kPanelWidth floats, `stride` apart, to the first-level cache, to be written.
 PACKEDBERT_INLINE void prefetch_tile(const float* to, int64_t rows, int64_t stride) {
   for (int64_t row = 0; row < rows; ++row) {
