@@ -273,6 +273,30 @@ struct EncoderWeights {
   float eps;
 };
 
+// An attention mask: true, or not 0, for real tokens.
+class Mask {
+ public:
+  Mask(const char* op, const Tensor& mask, const Shape& shape)
+      : contiguous_(mask.is_contiguous() ? mask : torch::stable::contiguous(mask)) {
+    if (!mask.is_cpu()) fail(op, "attention_mask", "a tensor on cpu", device_of(mask));
+    const bool integer = mask.scalar_type() == ScalarType::Long;
+    if (!integer && mask.scalar_type() != ScalarType::Bool)
+      fail(op, "attention_mask", "bool or int64", to_string(mask.scalar_type()));
+    if (shape_of(mask) != shape)
+      fail(op, "attention_mask", to_string(shape) + " or None", to_string(shape_of(mask)));
+    if (!integer) return;
+    const int64_t* from = contiguous_.const_data_ptr<int64_t>();
+    converted_ = std::make_unique<bool[]>(contiguous_.numel());
+    std::transform(from, from + contiguous_.numel(), converted_.get(), [](int64_t x) { return x != 0; });
+  }
+
+  const bool* real() const { return converted_ ? converted_.get() : contiguous_.const_data_ptr<bool>(); }
+
+ private:
+  Tensor contiguous_;
+  std::unique_ptr<bool[]> converted_;
+};
+
 Tensor run_encoder(const char* op,
                    const EncoderWeights& weights,
                    const Tensor& hidden_states,
@@ -282,21 +306,11 @@ Tensor run_encoder(const char* op,
   const Tensor input =
       hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
 
-  const bool* mask = nullptr;
-  std::optional<Tensor> contiguous_mask;  // owns what `mask` points to
-  if (attention_mask) {
-    const Shape shape{sequences, length};
-    if (!attention_mask->is_cpu()) fail(op, "attention_mask", "a tensor on cpu", device_of(*attention_mask));
-    if (attention_mask->scalar_type() != ScalarType::Bool)
-      fail(op, "attention_mask", "bool", to_string(attention_mask->scalar_type()));
-    if (shape_of(*attention_mask) != shape)
-      fail(op, "attention_mask", to_string(shape) + " or None", to_string(shape_of(*attention_mask)));
-    contiguous_mask =
-        attention_mask->is_contiguous() ? *attention_mask : torch::stable::contiguous(*attention_mask);
-    mask = contiguous_mask->const_data_ptr<bool>();
-  }
+  std::optional<Mask> mask;
+  if (attention_mask) mask.emplace(op, *attention_mask, Shape{sequences, length});
   std::vector<int64_t> rows;
-  const cpu::RaggedBatch batch = cpu::RaggedBatch::from_mask(mask, sequences, length, &rows);
+  const cpu::RaggedBatch batch =
+      cpu::RaggedBatch::from_mask(mask ? mask->real() : nullptr, sequences, length, &rows);
   const bool padded = static_cast<int64_t>(rows.size()) != sequences * length;
   Tensor output = padded ? torch::stable::new_zeros(input, shape_of(input))
                          : torch::stable::new_empty(input, shape_of(input));
@@ -394,10 +408,10 @@ int64_t prepare_encoder_cpu(const std::vector<Tensor>& weights,
   return encoders.last_key;
 }
 
-Tensor encoder_prepared_cpu(const Tensor& hidden_states,
-                            const std::optional<Tensor>& attention_mask,
-                            int64_t key) {
-  const char* op = "encoder_prepared";
+Tensor run_prepared(const char* op,
+                    const Tensor& hidden_states,
+                    const std::optional<Tensor>& attention_mask,
+                    int64_t key) {
   std::shared_ptr<const EncoderWeights> weights;
   {
     PreparedEncoders& encoders = PreparedEncoders::all();
@@ -414,12 +428,35 @@ Tensor encoder_prepared_cpu(const Tensor& hidden_states,
   return run_encoder(op, *weights, hidden_states, attention_mask);
 }
 
+Tensor encoder_prepared_cpu(const Tensor& hidden_states,
+                            const std::optional<Tensor>& attention_mask,
+                            int64_t key) {
+  return run_prepared("encoder_prepared", hidden_states, attention_mask, key);
+}
+
+Tensor bert_prepared_cpu(const Tensor& input_ids,
+                         const std::optional<Tensor>& token_type_ids,
+                         const std::optional<Tensor>& attention_mask,
+                         const Tensor& words,
+                         const Tensor& types,
+                         const Tensor& positions,
+                         StringHandle norm,
+                         const Tensor& norm_weight,
+                         const Tensor& norm_bias,
+                         double eps,
+                         int64_t key) {
+  const Tensor embedded =
+      embed_cpu(input_ids, token_type_ids, words, types, positions, norm, norm_weight, norm_bias, eps);
+  return run_prepared("bert_prepared", embedded, attention_mask, key);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(packedbert, CPU, m) {
   m.impl("embed", TORCH_BOX(&embed_cpu));
   m.impl("pruned_attention", TORCH_BOX(&pruned_attention_cpu));
   m.impl("encoder_prepacked", TORCH_BOX(&encoder_prepacked_cpu));
   m.impl("prepare_encoder", TORCH_BOX(&prepare_encoder_cpu));
   m.impl("encoder_prepared", TORCH_BOX(&encoder_prepared_cpu));
+  m.impl("bert_prepared", TORCH_BOX(&bert_prepared_cpu));
 }
 
 }  // namespace

@@ -193,6 +193,11 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return "reference"
 
 
+def surroundings() -> tuple[str | None, ...]:
+    """What `resolve` depends on beside its arguments, as far as it can change while a process runs."""
+    return os.environ.get(BACKEND_VARIABLE), os.environ.get(ISA_VARIABLE), cpu_isa()
+
+
 def why_slower(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why an automatic choice ended at the slower `reference`; empty if it did not, or was asked for."""
     if requested(backend) != "auto" or resolve(backend, device, dtype) != "reference":

@@ -7,7 +7,9 @@
 Parameter names and shapes are those of a packed checkpoint (see `reference.LayerWeights` for the shapes).
 """
 
-from collections.abc import Collection, Sequence
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +20,11 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from . import dispatch, ops, reference
 from .config import PackedBertConfig
-from .layers import NoNorm, PackedLayer, PrepackedLinear, QuantizedLinear, StoredQuantizedLinear, WeightAndBias
-from .prepack import allocate_together
+from .layers import PackedLayer, PrepackedLinear, QuantizedLinear, StoredQuantizedLinear, WeightAndBias
+from .prepack import PreparedEncoder, allocate_together
 from .quantization import QuantizationPlan, QuantizedWeight, is_skipped, plan_quantization
 from .reference import MATRICES, LayerWeights
+from .shortcut import EmbedArguments, Shortcut, are_plain
 from .structure import EncoderStructure
 
 
@@ -51,7 +54,7 @@ class PackedEncoder(nn.Module):
         self.attention = config.resolved_attention()
         self.layer = nn.ModuleList(PackedLayer(w) for w in layers or _empty_layers(structure))
         self._num_heads = [len(layer.heads) for layer in structure.layers]
-        self._cache = ops.PrepackCache()
+        self.cache = ops.PrepackCache()
         #: The matrices are in the layout of the kernels only.
         self._prepacked = False
         #: And the native ones can run them.
@@ -142,7 +145,18 @@ class PackedEncoder(nn.Module):
 
     def clear_cache(self) -> None:
         """Repack at the next forward: needed only after writing to a weight through `.data`."""
-        self._cache.clear()
+        self.cache.clear()
+
+    def prepared(self) -> PreparedEncoder | None:
+        """The encoder for the ops that take one by a number; None where the native CPU kernels would not run it."""
+        if not self._num_heads or not self._runs_natively():
+            return None
+        s = self.structure
+        settings = (tuple(self._num_heads), s.activation, s.norm, s.eps, self.attention)
+        return ops.prepare_encoder(self._stored_weights(), settings, self.cache)
+
+    def _stored_weights(self) -> list[Tensor]:
+        return [tensor for layer in self.layer for tensor in layer.stored_weights()]  # type: ignore[operator]
 
     def forward(
         self,
@@ -162,7 +176,7 @@ class PackedEncoder(nn.Module):
         Returns: `last_hidden_state` [batch, length, hidden_size], 0 where a 2-D mask is 0.
         """
         s = self.structure
-        stored = [tensor for layer in self.layer for tensor in layer.stored_weights()]  # type: ignore[operator]
+        stored = self._stored_weights()
         gradient = torch.is_grad_enabled() and (
             hidden_states.requires_grad or any(weight.requires_grad for weight in stored)
         )
@@ -183,7 +197,7 @@ class PackedEncoder(nn.Module):
         ):
             backend = "cpu" if self._prepacked else self.backend
             output = ops.encoder(
-                hidden_states, attention_mask, stored, *settings, self.attention, backend, self._cache.key
+                hidden_states, attention_mask, stored, *settings, self.attention, backend, self.cache.key
             )
         else:
             output = ops.encoder(hidden_states, attention_mask, self.weights(), *settings, self.attention, self.backend)
@@ -214,6 +228,8 @@ class PackedBertModel(BertModel):
     implementation the config names, and so that hidden states and attentions don't depend on transformers' hooks
     on modules that are no longer there.
     """
+
+    _shortcut: Shortcut | None = None
 
     def train(self, mode: bool = True) -> "PackedBertModel":
         """Only `train(False)`: what packing folds away is constant in inference only.
@@ -259,9 +275,9 @@ class PackedBertModel(BertModel):
             IndexError: an id outside its embedding table (on the CPU).
         """
         config = self.config
-        return_dict = _option(kwargs, "return_dict", getattr(config, "return_dict", True))
-        output_attentions = _option(kwargs, "output_attentions", config.output_attentions)
-        output_hidden_states = _option(kwargs, "output_hidden_states", config.output_hidden_states)
+        return_dict = _option(kwargs, "return_dict", config)
+        output_attentions = _option(kwargs, "output_attentions", config)
+        output_hidden_states = _option(kwargs, "output_hidden_states", config)
         refused = [
             name for name, value in kwargs.items() if name not in _IGNORED and value is not None and value is not False
         ]
@@ -271,20 +287,53 @@ class PackedBertModel(BertModel):
                 "packedbert.unpatch_model(model) brings back the stock forward"
             )
         length = _check_inputs(input_ids, inputs_embeds, attention_mask, config.max_position_embeddings)
-        embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
-
         every_layer: list[Tensor] | None = None
         if output_hidden_states is not None and output_hidden_states is not False:
-            every_layer = [embedded]
+            every_layer = []
         attentions: list[Tensor] | None = [] if output_attentions else None
-        last = self.encoder(embedded, attention_mask, every_layer, attentions).last_hidden_state
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
+        try:
+            last = None
+            if input_ids is not None and position_ids is None and every_layer is None and attentions is None:
+                last = self._run_natively(input_ids, token_type_ids, attention_mask)
+            if last is None:
+                embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
+        except (IndexError, RuntimeError) as error:
+            self._refuse_bad_ids(error, input_ids, token_type_ids, position_ids)
+            raise
+        if last is None:
+            if every_layer is not None:
+                every_layer.append(embedded)
+            last = self.encoder(embedded, attention_mask, every_layer, attentions).last_hidden_state
+        output = _make_output(
             last_hidden_state=last,
             pooler_output=self.pooler(last) if self.pooler is not None and length > 0 else None,
             hidden_states=None if every_layer is None else _selected(every_layer, output_hidden_states),
             attentions=None if attentions is None else tuple(attentions),
         )
         return output if return_dict else output.to_tuple()
+
+    def _run_natively(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor | None:
+        """The last hidden states by a Shortcut; None where it would do something else than the modules."""
+        if ops.is_recorded() or torch.is_grad_enabled() or type(self.encoder) is not PackedEncoder:
+            return None
+        for tensor in (input_ids, token_type_ids, attention_mask):
+            if tensor is not None and type(tensor) is not Tensor:
+                return None
+        if not _are_ids(input_ids, token_type_ids) or (attention_mask is not None and attention_mask.dim() != 2):
+            return None
+        if attention_mask is not None and attention_mask.dtype not in (torch.int64, torch.bool):
+            attention_mask = attention_mask != 0
+        shortcut = self._shortcut
+        last = None
+        if shortcut is not None:
+            last = shortcut(self, input_ids, token_type_ids, attention_mask)
+        if last is None:
+            self._shortcut = shortcut = Shortcut.of(self)
+            if shortcut is not None:
+                last = shortcut(self, input_ids, token_type_ids, attention_mask)
+        return last
 
     def _embed(
         self,
@@ -294,71 +343,60 @@ class PackedBertModel(BertModel):
         inputs_embeds: Tensor | None,
     ) -> Tensor:
         tables = self.embeddings
-        try:
-            if type(tables) is BertEmbeddings and _are_plain([tables]):
-                if input_ids is not None and position_ids is None:
-                    embedded = self._embed_natively(input_ids, token_type_ids)
-                    if embedded is not None:
-                        return embedded
-                return _embed_tokens(tables, input_ids, token_type_ids, position_ids, inputs_embeds)
-            return tables(
-                input_ids=input_ids,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-            )
-        except (IndexError, RuntimeError) as error:
-            for name, ids, table in (
-                ("input_ids", input_ids, tables.word_embeddings),
-                ("token_type_ids", token_type_ids, tables.token_type_embeddings),
-                ("position_ids", position_ids, tables.position_embeddings),
-            ):
-                if ids is None or ids.numel() == 0 or ids.device.type != "cpu":
-                    continue
-                low, high, rows = int(ids.min()), int(ids.max()), table.num_embeddings
-                if low < 0 or high >= rows:
-                    raise IndexError(
-                        f"{name}: expected 0 to {rows - 1}, got {low} to {high}; "
-                        "does the tokenizer belong to this model?"
-                    ) from error
-            raise
+        if type(tables) is BertEmbeddings and are_plain([tables]):
+            if input_ids is not None and position_ids is None and _are_ids(input_ids, token_type_ids):
+                embed = EmbedArguments.of(self)
+                gradient = torch.is_grad_enabled()
+                if embed is not None and not (gradient and any(weight.requires_grad for weight in embed.weights())):
+                    return ops.embed(input_ids, token_type_ids, *embed)
+            return _embed_tokens(tables, input_ids, token_type_ids, position_ids, inputs_embeds)
+        return tables(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+        )
 
-    def _embed_natively(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor | None:
-        """What these modules would give, from the op `embed`; None where it would differ, or has no native kernel."""
-        modules: dict[str, Any] = self.embeddings._modules
-        *tables, norm = parts = [modules[name] for name in _EMBEDDING_PARTS]
-        weights: list[Any] = [part._parameters.get("weight") for part in parts]
-        weights.append(norm._parameters.get("bias"))
-        gradient = torch.is_grad_enabled()
-        # Every call comes here: plain loops, each over what the one before has loaded.
-        if type(norm) not in (nn.LayerNorm, NoNorm) or not _are_plain(parts):
-            return None
-        for table in tables:
-            if type(table) is not nn.Embedding or table.max_norm is not None:
-                return None
-        for weight in weights:
-            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != torch.float32:
-                return None
-            if gradient and weight.requires_grad:
-                return None
-        for ids in (input_ids, token_type_ids):
-            if ids is not None and (ids.dtype != torch.int64 or ids.shape != input_ids.shape):
-                return None
-        if dispatch.resolve(self.encoder.backend, weights[0].device, torch.float32) != "cpu":
-            return None
-        kind, eps = ("no_norm", 0.0) if type(norm) is NoNorm else ("layer_norm", norm.eps)
-        words, types, positions, scale, shift = weights
-        return ops.embed(input_ids, token_type_ids, words, types, positions, kind, scale, shift, eps)
+    def _refuse_bad_ids(
+        self, error: Exception, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
+    ) -> None:
+        tables = self.embeddings
+        for name, ids, table in (
+            ("input_ids", input_ids, tables.word_embeddings),
+            ("token_type_ids", token_type_ids, tables.token_type_embeddings),
+            ("position_ids", position_ids, tables.position_embeddings),
+        ):
+            if ids is None or ids.numel() == 0 or ids.device.type != "cpu":
+                continue
+            low, high, rows = int(ids.min()), int(ids.max()), table.num_embeddings
+            if low < 0 or high >= rows:
+                raise IndexError(
+                    f"{name}: expected 0 to {rows - 1}, got {low} to {high}; does the tokenizer belong to this model?"
+                ) from error
 
 
-def _are_plain(modules: Sequence[nn.Module]) -> bool:
-    """Whether calling each is calling its class's forward and nothing else."""
-    if nn.modules.module._has_any_global_hook():
-        return False
-    for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+def _are_ids(input_ids: Tensor, token_type_ids: Tensor | None) -> bool:
+    """Whether they are what the op `embed` takes."""
+    for ids in (input_ids, token_type_ids):
+        if ids is not None and (ids.dtype != torch.int64 or ids.shape != input_ids.shape):
             return False
     return True
+
+
+def _make_output(**values: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+    """The same as its constructor makes, which asks for all fields at every attribute: 0.04 ms a call."""
+    kind = BaseModelOutputWithPoolingAndCrossAttentions
+    if torch.compiler.is_compiling():
+        return kind(**values)
+    output = kind.__new__(kind)
+    output.__dict__.update(_NO_OUTPUT, **values)
+    for name, value in values.items():
+        if value is not None:
+            OrderedDict.__setitem__(output, name, value)
+    return output
+
+
+_NO_OUTPUT = dict.fromkeys(field.name for field in dataclasses.fields(BaseModelOutputWithPoolingAndCrossAttentions))
 
 
 def _embed_tokens(
@@ -382,15 +420,13 @@ def _embed_tokens(
 # save_pretrained writes the class name into config.json, where it names the stock architecture.
 PackedBertModel.__name__ = BertModel.__name__
 
-_EMBEDDING_PARTS = ("word_embeddings", "token_type_embeddings", "position_embeddings", "LayerNorm")
-
 #: Arguments that change nothing for an encoder in inference.
 _IGNORED = {"cache_position", "num_items_in_batch", "use_cache"}
 
 
-def _option(kwargs: dict[str, Any], name: str, default: Any) -> Any:
+def _option(kwargs: dict[str, Any], name: str, config: Any) -> Any:
     value = kwargs.pop(name, None)
-    return default if value is None else value
+    return getattr(config, name) if value is None else value
 
 
 def _selected(states: list[Tensor], selection: bool | int | list[int]) -> tuple[Tensor | None, ...]:

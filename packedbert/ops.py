@@ -2,9 +2,9 @@
 
 `torch.ops.packedbert.*` has six ops. The native library adds kernels for the CPU to all of them but `encoder`, and for
 CUDA to all but that and `embed`; every op has a default in plain PyTorch (reference.py) for any other device and for
-machines without the library, so that the same call works everywhere. Two more, `prepare_encoder` and
-`encoder_prepared`, are `encoder_prepacked` in two steps for eager calls on the CPU (prepack.py), and have native
-kernels only.
+machines without the library, so that the same call works everywhere. Three more are for eager calls on the CPU and have
+native kernels only: `prepare_encoder` and `encoder_prepared` are `encoder_prepacked` in two steps (prepack.py), and
+`bert_prepared` is `embed` and `encoder_prepared` in one (shortcut.py).
 
 A weight that a model stores is *canonical*, [out_features, in_features]. Kernels want it *prepacked*, in a
 blocked layout that depends on the device (csrc/packed_layout.h). `encoder` takes canonical weights, or prepacked ones
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from .prepack import PrepackCache
+from .prepack import PrepackCache, PreparedEncoder
 from .quantization import packed_size
 from .reference import ACTIVATIONS, MATRICES, NORMS, LayerWeights
 
@@ -46,6 +46,10 @@ _SCHEMAS.define(
     "prepare_encoder(Tensor[] weights, int[] num_heads, str activation, str norm, float eps, str attention) -> int"
 )
 _SCHEMAS.define("encoder_prepared(Tensor hidden_states, Tensor? attention_mask, int key) -> Tensor")
+_SCHEMAS.define(
+    "bert_prepared(Tensor input_ids, Tensor? token_type_ids, Tensor? attention_mask, Tensor words, Tensor types, "
+    "Tensor positions, str norm, Tensor norm_weight, Tensor norm_bias, float eps, int key) -> Tensor"
+)
 _SCHEMAS.define(
     "encoder(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
     "str activation, str norm, float eps, str attention, str backend, int cache) -> Tensor"
@@ -509,35 +513,47 @@ def _encoder_default(
         canonical = [weight.to(dtype).contiguous() for weight in weights]
         return triton_kernels.encoder(hidden_states, mask, canonical, num_heads, activation, norm, eps)
     prepack_cache = PrepackCache.find(cache)
-    kept = backend == "cpu" and cache != 0
-
-    def prepack(matrix: Tensor) -> Tensor:
-        return prepack_linear(matrix.to(dtype))
-
-    def native() -> list[Tensor]:
-        matrices = {
-            slot: weight
-            for slot, (weight, is_matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX), strict=False))
-            if is_matrix and weight.dim() == 2 and weight.dtype != torch.int8  # else it is prepacked already
-        }
-        if kept:  # memory mapped for one call would cost more than it gains
-            shapes = {slot: _prepacked_shape(w.shape[0], w.shape[1], w.device, dtype) for slot, w in matrices.items()}
-            prepack_cache.reserve(shapes, dtype)
-        return [
-            prepack_cache.get(slot, weight, prepack)
-            if slot in matrices
-            else weight.to(torch.int8 if weight.dtype == torch.int8 else dtype).contiguous()
-            for slot, weight in enumerate(weights)
-        ]
-
     settings = (tuple(num_heads), activation, norm, eps, attention)
     states = hidden_states.to(dtype)
+    kept = backend == "cpu" and cache != 0
     if kept and weights:
-        prepared = prepack_cache.encoder(weights, settings, native)
+        prepared = prepare_encoder(weights, settings, prepack_cache)
         output = torch.ops.packedbert.encoder_prepared(states, mask, prepared.key)
     else:
-        output = encoder_prepacked(states, mask, native(), *settings)
+        output = encoder_prepacked(states, mask, _prepack(weights, dtype, prepack_cache, kept), *settings)
     return output.to(hidden_states.dtype)
+
+
+def _prepack(weights: Sequence[Tensor], dtype: torch.dtype, cache: PrepackCache, kept: bool) -> list[Tensor]:
+    """The weights of all layers as `encoder_prepacked` takes them; with `kept` the cache outlives the call."""
+    matrices = {
+        slot: weight
+        for slot, (weight, is_matrix) in enumerate(zip(weights, itertools.cycle(_IS_MATRIX), strict=False))
+        if is_matrix and weight.dim() == 2 and weight.dtype != torch.int8  # else it is prepacked already
+    }
+    if kept:  # memory mapped for one call would cost more than it gains
+        shapes = {slot: _prepacked_shape(w.shape[0], w.shape[1], w.device, dtype) for slot, w in matrices.items()}
+        cache.reserve(shapes, dtype)
+    return [
+        cache.get(slot, weight, lambda matrix: prepack_linear(matrix.to(dtype)))
+        if slot in matrices
+        else weight.to(torch.int8 if weight.dtype == torch.int8 else dtype).contiguous()
+        for slot, weight in enumerate(weights)
+    ]
+
+
+def prepare_encoder(weights: Sequence[Tensor], settings: tuple[Any, ...], cache: PrepackCache) -> PreparedEncoder:
+    """An encoder for the native CPU kernels, from the cache if nothing changed.
+
+    Args:
+        weights: as `encoder` takes them, on the CPU.
+        settings: num_heads, activation, norm, eps and attention, as `encoder` takes them; num_heads as a tuple.
+        cache: to use.
+
+    Raises:
+        ValueError, RuntimeError: shapes or dtypes that do not agree, an unknown activation or norm.
+    """
+    return cache.encoder(weights, settings, lambda: _prepack(weights, torch.float32, cache, kept=True))
 
 
 #: The largest head that the CUDA and Triton kernels take (csrc/cuda/pruned_attention.h; triton_kernels.py).
@@ -572,6 +588,11 @@ def _encoder_fake(
 ) -> Tensor:
     _encoder_check("encoder", hidden_states, attention_mask, weights, num_heads, attention)
     return hidden_states.new_empty(hidden_states.shape)
+
+
+def is_recorded() -> bool:
+    """Whether somebody records the calls, who has to see ops with weights, not with a number that stands for them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def encoder(
@@ -612,9 +633,7 @@ def encoder(
         RuntimeError: a backend that was asked for by name and cannot run here.
     """
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *weights))
-    # Whoever records the calls has to see the op with its weights, not a number that stands for them.
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    if type(hidden_states) is Tensor and not gradient and not recorded:
+    if type(hidden_states) is Tensor and not gradient and not is_recorded():
         # The op's own default, without handing all the weights to the dispatcher and back.
         return _encoder_default(
             hidden_states, attention_mask, weights, num_heads, activation, norm, eps, attention, backend, cache

@@ -134,6 +134,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         bert = model.get_submodule(name)
         device, dtype = _placement(bert.encoder)  # type: ignore[arg-type]
         bert.encoder = encoder.to(device=device, dtype=dtype)
+        bert.__dict__.pop("_shortcut", None)
         bert.__class__ = BertModel
     for name, table in undo.embeddings.items():
         tables: Any = model.get_submodule(name).embeddings

@@ -47,7 +47,7 @@ def allocate_together(kinds: Sequence[tuple[Sequence[int], torch.dtype]]) -> lis
     ]
 
 
-_address = Tensor.data_ptr
+address_of = Tensor.data_ptr
 
 
 def _version(weight: Tensor) -> int:
@@ -82,11 +82,11 @@ class PreparedEncoder:
         self._settings = settings
         self._weights = list(weights)
         # Before the copies are made: what another thread changes meanwhile is a change.
-        self._addresses = list(map(_address, weights))
+        self._addresses = list(map(address_of, weights))
         versions = _versions(weights)
         made = native()
         # What the kernels read in place may change.
-        copied = [slot for slot, own in enumerate(made) if _address(own) != self._addresses[slot]]
+        copied = [slot for slot, own in enumerate(made) if address_of(own) != self._addresses[slot]]
         self._copied = [weights[slot] for slot in copied]
         self._versions = [versions[slot] for slot in copied]
         # They own the storage, so that no address comes back as another weight's. They are not the tensors themselves:
@@ -103,9 +103,12 @@ class PreparedEncoder:
             self._settings == settings
             and len(self._weights) == len(weights)
             and all(map(operator.is_, self._weights, weights))
-            and self._addresses == list(map(_address, weights))
-            and self._versions == _versions(self._copied)
+            and self.is_current()
         )
+
+    def is_current(self) -> bool:
+        """Whether the weights that it was made of are in the same place, and unchanged."""
+        return self._addresses == list(map(address_of, self._weights)) and self._versions == _versions(self._copied)
 
 
 class _Entry(NamedTuple):

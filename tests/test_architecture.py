@@ -22,6 +22,7 @@ ORDER = (
     "prepack",
     "ops",
     "layers",
+    "shortcut",
     "modules",
     "report",
     "patch",

@@ -209,7 +209,7 @@ def test_fewer_threads_than_asked_for(tmp_path, threads, mode, environment):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"attention_mask": torch.ones(2, 5)}, "attention_mask: expected bool, got float32"),
+        ({"attention_mask": torch.ones(2, 5)}, "attention_mask: expected bool or int64, got float32"),
         ({"attention_mask": torch.ones(2, 4, dtype=torch.bool)}, "attention_mask: expected"),
         ({"num_heads": [3, 2]}, "num_heads: expected a divisor of a third of 48 qkv features, got 3"),
         ({"num_heads": [2]}, "weights: expected 12 tensors for 1 layers, got 24"),

@@ -295,8 +295,8 @@ def test_every_op_is_checked():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("packedbert::")
     }
-    # Those two are for eager calls, and have no fake kernels: test_prepared_encoder.
-    assert registered == set(opcheck_cases()) | {"prepare_encoder", "encoder_prepared"}
+    # Those three are for eager calls, and have no fake kernels: test_prepared_encoder.
+    assert registered == set(opcheck_cases()) | {"prepare_encoder", "encoder_prepared", "bert_prepared"}
 
 
 def test_ops_have_no_silent_gradient():

@@ -56,7 +56,7 @@ def test_same_bits_and_half_the_memory(kept, released):
     assert len(matrices) == 4 * released.config.num_hidden_layers
     # Nothing else holds them: the cache is empty, and no canonical parameter is left.
     encoder = released.bert.encoder
-    assert not encoder._cache._entries
+    assert not encoder.cache._entries
     assert all(parameter.dim() != 2 for parameter in encoder.parameters())
     assert len({matrix.weight.untyped_storage().data_ptr() for matrix in matrices}) == 1  # side by side
 

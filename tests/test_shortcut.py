@@ -1,0 +1,421 @@
+"""The one native call of a whole model: taken where nothing forbids it, and never where it would miss something."""
+
+import copy
+import dataclasses
+import gc
+import io
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from models import inputs, prune, some_pruning, tiny_bert, tiny_config
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import identity
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+import packedbert
+from packedbert import dispatch, modules
+from packedbert.shortcut import Shortcut
+
+pytestmark = pytest.mark.skipif(dispatch.cpu_isa() in ("none", "scalar"), reason="needs a native kernel that is chosen")
+
+
+def packed(precision="fp32"):
+    config = tiny_config()
+    return packedbert.patch_model(prune(tiny_bert("BertModel", config), *some_pruning(config)), precision=precision)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The shortcuts that were taken."""
+    calls, run = [], Shortcut.__call__
+
+    def noted(self, *batch):
+        result = run(self, *batch)
+        if result is not None:
+            calls.append(self)
+        return result
+
+    monkeypatch.setattr(Shortcut, "__call__", noted)
+    return calls
+
+
+def run(model, batch, **options):
+    with torch.inference_mode():
+        return model(**batch, **options).last_hidden_state
+
+
+def by_modules(model, batch):
+    """The same without a shortcut, and without anything that an earlier call left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shortcut, "of", lambda *_: None)
+        model._shortcut = None
+        model.encoder.clear_cache()
+        return run(model, batch)
+
+
+# ------------------------------------------------------------------------------------------------ it is seen
+
+
+def replace(module, name, factor=1.5):
+    setattr(module, name, nn.Parameter(getattr(module, name).detach() * factor, requires_grad=False))
+
+
+def other_norm(model):
+    model.embeddings.LayerNorm = copy.deepcopy(model.embeddings.LayerNorm)
+    model.embeddings.LayerNorm.weight.data.mul_(2)
+
+
+def other_table(model):
+    model.embeddings.word_embeddings = nn.Embedding(*model.embeddings.word_embeddings.weight.shape)
+
+
+def other_embeddings(model):
+    model.embeddings = copy.deepcopy(model.embeddings)
+    model.embeddings.LayerNorm.bias.data.add_(1)
+
+
+def other_activation(model):
+    model.encoder.structure = dataclasses.replace(model.encoder.structure, activation="relu")
+
+
+def other_encoder(model):
+    model.encoder = packed().encoder
+    model.encoder.layer[0].up.bias.add_(1)
+
+
+def other_layer(model):
+    model.encoder.layer[0] = copy.deepcopy(model.encoder.layer[0])
+    model.encoder.layer[0].up.bias.add_(1)
+
+
+def other_memory(parameter):
+    parameter.data = parameter.data * 1.5
+
+
+def swapped(parameter):
+    torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach() * 1.5, requires_grad=False))
+
+
+#: Changes after which one native call still is the answer.
+CHANGES = {
+    "a word": lambda model: model.embeddings.word_embeddings.weight.data.mul_(2),
+    "another table": other_table,
+    "a replaced table": lambda model: replace(model.embeddings.position_embeddings, "weight"),
+    "a table's memory": lambda model: other_memory(model.embeddings.token_type_embeddings.weight),
+    "another norm": other_norm,
+    "eps": lambda model: setattr(model.embeddings.LayerNorm, "eps", 0.5),
+    "other embeddings": other_embeddings,
+    "another encoder": other_encoder,
+    "another activation": other_activation,
+    "another layer": other_layer,
+    "a matrix in place": lambda model: model.encoder.layer[0].up.weight.mul_(1.5),
+    "a replaced matrix": lambda model: replace(model.encoder.layer[0].down, "weight"),
+    "a matrix's memory": lambda model: other_memory(model.encoder.layer[0].qkv.weight),
+    "a swapped matrix": lambda model: swapped(model.encoder.layer[0].qkv.weight),
+    "a bias in place": lambda model: model.encoder.layer[1].output_norm.bias.add_(1),
+    "a replaced bias": lambda model: replace(model.encoder.layer[1].output_norm, "bias", -1),
+    "another checkpoint": lambda model: model.load_state_dict(
+        {name: tensor * 1.1 if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(change, taken):
+    model = packed()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    before = run(model, batch)
+    assert torch.equal(run(model, batch), before)
+    assert len(taken) == 2
+    assert taken[0] is taken[1]
+    change(model)
+    after = run(model, batch)
+    assert not torch.equal(after, before)
+    assert len(taken) == 3
+    read_in_place = change in (CHANGES["a word"], CHANGES["a bias in place"])
+    assert (taken[2] is taken[1]) == read_in_place
+    assert torch.equal(after, by_modules(model, batch))
+
+
+def hooked(name, register="register_forward_hook"):
+    def change(model, calls):
+        getattr(model.get_submodule(name), register)(lambda *_: calls.append("hook"))
+
+    return change
+
+
+def overridden(name):
+    def change(model, calls):
+        module = model.get_submodule(name)
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: calls.append("hook") or forward(*args, **kwargs)
+
+    return change
+
+
+def of_another_class(name):
+    def change(model, calls):
+        module = model.get_submodule(name)
+        kind = type(module)
+        forward = lambda self, *args, **kwargs: calls.append("hook") or kind.forward(self, *args, **kwargs)  # noqa: E731
+        module.__class__ = type("Other", (kind,), {"forward": forward})
+
+    return change
+
+
+class Doubled(nn.Module):
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, weight):
+        self.calls.append("hook")
+        return 2 * weight
+
+
+def parametrized(model, calls):
+    parametrize.register_parametrization(model.embeddings.word_embeddings, "weight", Doubled(calls), unsafe=True)
+
+
+def pruned_by_torch(model, calls):
+    identity(model.embeddings.word_embeddings, "weight")  # a forward pre-hook
+    calls.append("hook")
+
+
+def with_max_norm(model, calls):
+    model.embeddings.word_embeddings.max_norm = 1e9
+    calls.append("hook")
+
+
+@pytest.mark.parametrize("established", [True, False], ids=["afterwards", "from the start"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(hooked(name) for name in ("embeddings", "embeddings.LayerNorm", "encoder")),
+        hooked("encoder", "register_forward_pre_hook"),
+        *(overridden(name) for name in ("embeddings", "embeddings.word_embeddings", "encoder")),
+        *(of_another_class(name) for name in ("embeddings", "embeddings.LayerNorm", "encoder")),
+        *(parametrized, pruned_by_torch, with_max_norm),
+    ],
+)
+def test_whoever_wants_the_modules_gets_them(change, established, taken):
+    model, calls = packed(), []
+    batch = inputs(model.config, [5, 9, 1], 11)
+    if established:
+        run(model, batch)
+        taken.clear()
+    change(model, calls)
+    got = run(model, batch)
+    assert calls
+    assert not taken
+    assert torch.equal(got, by_modules(model, batch))
+
+
+def test_global_hooks(taken):
+    model, calls = packed(), []
+    batch = inputs(model.config, [5, 9], 11)
+    expected = run(model, batch)
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module))):
+        torch.testing.assert_close(run(model, batch), expected)
+    assert nn.LayerNorm in calls
+    assert len(taken) == 1
+    assert torch.equal(run(model, batch), expected)
+    assert len(taken) == 2
+
+
+def test_models_that_share_an_encoder(taken):
+    one, other = packed(), packed()
+    other.encoder = one.encoder
+    other.embeddings.word_embeddings.weight.data.mul_(2)
+    batch = inputs(one.config, [5, 9], 11)
+    for _ in range(2):
+        results = [run(model, batch) for model in (one, other)]
+        assert not torch.equal(*results)
+    assert len(taken) == 4
+    assert torch.equal(results[0], by_modules(one, batch))
+    assert torch.equal(results[1], by_modules(other, batch))
+
+
+def test_another_backend(taken, monkeypatch):
+    model = packed()
+    batch = inputs(model.config, [5, 9], 11)
+    expected = run(model, batch)
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "reference")
+    torch.testing.assert_close(run(model, batch), expected)
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE)
+    isa = dispatch.cpu_isa()
+    dispatch.NATIVE.set_isa("scalar")  # which `auto` doesn't choose
+    try:
+        torch.testing.assert_close(run(model, batch), expected)
+    finally:
+        dispatch.NATIVE.set_isa(isa)
+    assert len(taken) == 1
+    model.encoder.backend = "reference"
+    torch.testing.assert_close(run(model, batch), expected)
+    model.encoder.backend = "auto"
+    assert len(taken) == 1
+    model.half()
+    assert run(model, batch).dtype == torch.float16
+    model.float()
+    run(model, batch)
+    assert len(taken) == 2
+
+
+# ----------------------------------------------------------------------------------------- what is asked for
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "bf16"])
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.int64, torch.int32, torch.float32])
+@pytest.mark.parametrize("types", [True, False])
+def test_masks_and_precisions(precision, mask, types, taken):
+    model = packed(precision)
+    batch = inputs(model.config, [5, 9, 1], 11)
+    batch["attention_mask"] = batch["attention_mask"].to(mask) if mask is not None else None
+    if not types:
+        del batch["token_type_ids"]
+    got = run(model, batch)
+    assert len(taken) == 1
+    assert torch.equal(got, by_modules(model, batch))
+    strided = {name: t if t is None else t.repeat_interleave(2, 1)[:, ::2] for name, t in batch.items()}
+    assert torch.equal(run(model, strided), got)
+
+
+def test_what_it_is_not_for(taken):
+    model = packed()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    expected = run(model, batch)
+    taken.clear()
+    ids = batch["input_ids"]
+    square = batch["attention_mask"][:, None, :].expand(-1, 11, -1)
+    other = [
+        {"position_ids": torch.arange(11)[None]},
+        {"input_ids": None, "inputs_embeds": model.embeddings.word_embeddings(ids).detach()},
+        {"input_ids": ids.int()},
+        {"attention_mask": square},
+        {"output_hidden_states": True},
+    ]
+    real = batch["attention_mask"].bool()
+    for change in other:
+        torch.testing.assert_close(run(model, {**batch, **change})[real], expected[real])
+    torch.testing.assert_close(model(**batch).last_hidden_state[real], expected[real])  # which has a gradient
+    assert not taken
+    for name in ("input_ids", "token_type_ids"):
+        with pytest.raises(IndexError, match=rf"{name}: expected 0 to \d+, got 0 to 999"):
+            run(
+                model,
+                {**batch, name: torch.tensor([[0, 999]]), "attention_mask": None}
+                | ({"token_type_ids": None} if name == "input_ids" else {"input_ids": torch.tensor([[0, 1]])}),
+            )
+    assert run(model, inputs(model.config, [0], 0) | {"attention_mask": None}).shape == (1, 0, 32)
+
+
+def test_copies_are_their_own(taken):
+    model = packed()
+    batch = inputs(model.config, [5, 9], 11)
+    expected = run(model, batch)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    for one in copies:
+        assert torch.equal(run(one, batch), expected)
+        one.encoder.layer[0].up.weight.mul_(2)
+        assert not torch.equal(run(one, batch), expected)
+    assert torch.equal(run(model, batch), expected)
+    assert len({id(shortcut) for shortcut in taken}) == 1 + 2 * len(copies)
+
+
+def test_callers_at_once():
+    model = packed()
+    batches = [inputs(model.config, [5, 9, n], 11, seed=n) for n in range(1, 9)]
+    expected = [by_modules(model, batch) for batch in batches]
+    model.encoder.clear_cache()
+    wrong = []
+
+    def call(turn):
+        for index in range(40):
+            at = (index + turn) % len(batches)
+            if not torch.equal(run(model, batches[at]), expected[at]):
+                wrong.append(at)
+            if index % 10 == turn:
+                model.encoder.clear_cache()
+
+    threads = [threading.Thread(target=call, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_nothing_outlives_the_model():
+    model = packed()
+    run(model, inputs(model.config, [5]))
+    memory = weakref.ref(model), weakref.ref(model._shortcut._prepared())
+    gc.disable()  # no cycle of references leaves hundreds of megabytes to the garbage collector
+    try:
+        model.encoder.clear_cache()
+        assert memory[1]() is None
+        del model
+        assert memory[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_replica_is_its_own(taken):
+    """torch.nn.parallel.replicate copies a module's attributes, the shortcut among them."""
+    model = packed()
+    batch = inputs(model.config, [5, 9], 11)
+    expected = run(model, batch)
+    replica = model._replicate_for_data_parallel()
+    replica.embeddings = copy.deepcopy(model.embeddings)
+    replica.embeddings.LayerNorm.bias.data.add_(1)
+    assert not torch.equal(run(replica, batch), expected)
+    assert torch.equal(run(model, batch), expected)
+
+
+def test_unpatching_ends_it():
+    model = packed()
+    batch = inputs(model.config, [5, 9], 11)
+    run(model, batch)
+    packedbert.unpatch_model(model)
+    assert "_shortcut" not in vars(model)
+    run(model, batch)
+
+
+def test_bert_prepared_says_what_does_not_fit():
+    model = packed()
+    batch = inputs(model.config, [5, 9], 11)
+    run(model, batch)
+    shortcut = model._shortcut
+    ids = batch["input_ids"]
+    with pytest.raises(RuntimeError, match=r"bert_prepared: attention_mask: expected bool or int64, got float32"):
+        shortcut(model, ids, None, torch.ones(2, 11))
+    with pytest.raises(RuntimeError, match=r"bert_prepared: attention_mask: expected \[2, 11\] or None, got \[2, 10\]"):
+        shortcut(model, ids, None, torch.ones(2, 10, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match=r"bert_prepared: key: expected one of prepare_encoder, got 0"):
+        torch.ops.packedbert.bert_prepared(ids, None, None, *shortcut._embed, 0)
+
+
+# ------------------------------------------------------------------------------------------------- the output
+
+
+@pytest.mark.parametrize("pooled", [None, torch.zeros(1, 4)])
+def test_the_output_is_what_its_constructor_makes(pooled):
+    values = {"last_hidden_state": torch.ones(1, 2, 4), "pooler_output": pooled, "hidden_states": None}
+    got, expected = modules._make_output(**values), BaseModelOutputWithPoolingAndCrossAttentions(**values)
+    assert type(got) is type(expected)
+    assert vars(got) == vars(expected)
+    assert list(got.items()) == list(expected.items())
+    assert len(got.to_tuple()) == len(expected.to_tuple())
+    assert got[0] is values["last_hidden_state"]
+    assert got["last_hidden_state"] is values["last_hidden_state"]
+    assert got.cross_attentions is None
+    again = pickle.loads(pickle.dumps(got))
+    assert list(again) == list(expected)
+    got.attentions = (torch.ones(1),)
+    assert "attentions" in got
