@@ -1,6 +1,7 @@
 """The modules that patch.py installs: parameters in packed form, and a forward that only calls ops.
 
-    PackedBertModel  stands in for a BertModel: checks its arguments, embeds, calls the encoder, pools
+    PackedBertModel  stands in for a BertModel: checks its arguments, embeds, calls the encoder, pools; in inference on
+                     the CPU the embeddings and the encoder are one native call (shortcut.py)
       PackedEncoder  the layers; one `encoder` op a forward
         PackedLayer  the parameters of one layer, of exact width (layers.py)
 

@@ -237,14 +237,17 @@ void run_here(int64_t count, int64_t, RangeTask task, const void* context) { tas
 // A ParallelFor that shares the items with whoever else calls it for the same steps, in the same order.
 struct SharedSteps {
   SharedStep* next;
+  int64_t worker;
   int64_t workers;
+  int64_t shares_of_worker;  // about
 
   void operator()(int64_t count, int64_t /*grain*/, RangeTask task, const void* context) {
     SharedStep& step = *next++;
-    const int64_t share = ceil_div(count, workers);
-    for (;;) {
-      const int64_t begin = __atomic_fetch_add(&step.taken, share, __ATOMIC_RELAXED);
-      if (begin >= count) break;
+    const int64_t share = ceil_div(count, smaller(kMostShares, workers * shares_of_worker));
+    const int64_t shares = ceil_div(count, share);
+    const int64_t first = worker * shares / workers;
+    for (int64_t i; (i = take_share(step, shares, first)) >= 0;) {
+      const int64_t begin = i * share;
       const int64_t end = smaller(count, begin + share);
       task(context, begin, end);
       __atomic_fetch_add(&step.done, end - begin, __ATOMIC_RELEASE);
@@ -309,7 +312,7 @@ void run_worker(const void* context, int64_t begin, int64_t) {
     run.prepared += begin * plan.prepared_size;
   }
   // A panel at a time: how many there are for a worker depends on how fast the threads are.
-  SharedSteps steps{shared.steps, plan.panels > 0 ? plan.panels : shared.workers};
+  SharedSteps steps{shared.steps, begin, shared.workers, larger(1, plan.panels / shared.workers)};
   for (; run.layer < run.encoder->layer_count; ++run.layer) {
     if (plan.panels > 0) {
       steps(plan.panels, 1, run_panels, &run);
