@@ -273,17 +273,17 @@ struct EncoderWeights {
   float eps;
 };
 
-// An attention mask: true, or not 0, for real tokens.
+// An attention mask: true, or where integers are allowed not 0, for real tokens.
 class Mask {
  public:
-  Mask(const char* op, const Tensor& mask, const Shape& shape)
-      : contiguous_(mask.is_contiguous() ? mask : torch::stable::contiguous(mask)) {
+  Mask(const char* op, const Tensor& mask, const Shape& shape, bool integers) {
     if (!mask.is_cpu()) fail(op, "attention_mask", "a tensor on cpu", device_of(mask));
-    const bool integer = mask.scalar_type() == ScalarType::Long;
+    const bool integer = integers && mask.scalar_type() == ScalarType::Long;
     if (!integer && mask.scalar_type() != ScalarType::Bool)
-      fail(op, "attention_mask", "bool or int64", to_string(mask.scalar_type()));
+      fail(op, "attention_mask", integers ? "bool or int64" : "bool", to_string(mask.scalar_type()));
     if (shape_of(mask) != shape)
       fail(op, "attention_mask", to_string(shape) + " or None", to_string(shape_of(mask)));
+    contiguous_ = mask.is_contiguous() ? mask : torch::stable::contiguous(mask);
     if (!integer) return;
     const int64_t* from = contiguous_.const_data_ptr<int64_t>();
     converted_ = std::make_unique<bool[]>(contiguous_.numel());
@@ -300,14 +300,15 @@ class Mask {
 Tensor run_encoder(const char* op,
                    const EncoderWeights& weights,
                    const Tensor& hidden_states,
-                   const std::optional<Tensor>& attention_mask) {
+                   const std::optional<Tensor>& attention_mask,
+                   bool integer_mask = false) {
   const int64_t sequences = hidden_states.size(0);
   const int64_t length = hidden_states.size(1);
   const Tensor input =
       hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
 
   std::optional<Mask> mask;
-  if (attention_mask) mask.emplace(op, *attention_mask, Shape{sequences, length});
+  if (attention_mask) mask.emplace(op, *attention_mask, Shape{sequences, length}, integer_mask);
   std::vector<int64_t> rows;
   const cpu::RaggedBatch batch =
       cpu::RaggedBatch::from_mask(mask ? mask->real() : nullptr, sequences, length, &rows);
@@ -411,6 +412,7 @@ int64_t prepare_encoder_cpu(const std::vector<Tensor>& weights,
 Tensor run_prepared(const char* op,
                     const Tensor& hidden_states,
                     const std::optional<Tensor>& attention_mask,
+                    bool integer_mask,
                     int64_t key) {
   std::shared_ptr<const EncoderWeights> weights;
   {
@@ -425,13 +427,13 @@ Tensor run_prepared(const char* op,
     fail(op, "hidden_states", "[batch, length, " + std::to_string(weights->hidden_size) + "]",
          to_string(shape_of(hidden_states)));
   }
-  return run_encoder(op, *weights, hidden_states, attention_mask);
+  return run_encoder(op, *weights, hidden_states, attention_mask, integer_mask);
 }
 
 Tensor encoder_prepared_cpu(const Tensor& hidden_states,
                             const std::optional<Tensor>& attention_mask,
                             int64_t key) {
-  return run_prepared("encoder_prepared", hidden_states, attention_mask, key);
+  return run_prepared("encoder_prepared", hidden_states, attention_mask, false, key);
 }
 
 Tensor bert_prepared_cpu(const Tensor& input_ids,
@@ -447,7 +449,7 @@ Tensor bert_prepared_cpu(const Tensor& input_ids,
                          int64_t key) {
   const Tensor embedded =
       embed_cpu(input_ids, token_type_ids, words, types, positions, norm, norm_weight, norm_bias, eps);
-  return run_prepared("bert_prepared", embedded, attention_mask, key);
+  return run_prepared("bert_prepared", embedded, attention_mask, true, key);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(packedbert, CPU, m) {

@@ -292,16 +292,11 @@ class PackedBertModel(BertModel):
         if output_hidden_states is not None and output_hidden_states is not False:
             every_layer = []
         attentions: list[Tensor] | None = [] if output_attentions else None
-        try:
-            last = None
-            if input_ids is not None and position_ids is None and every_layer is None and attentions is None:
-                last = self._run_natively(input_ids, token_type_ids, attention_mask)
-            if last is None:
-                embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
-        except (IndexError, RuntimeError) as error:
-            self._refuse_bad_ids(error, input_ids, token_type_ids, position_ids)
-            raise
+        last = None
+        if input_ids is not None and position_ids is None and every_layer is None and attentions is None:
+            last = self._run_natively(input_ids, token_type_ids, attention_mask)
         if last is None:
+            embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
             if every_layer is not None:
                 every_layer.append(embedded)
             last = self.encoder(embedded, attention_mask, every_layer, attentions).last_hidden_state
@@ -319,21 +314,26 @@ class PackedBertModel(BertModel):
         """The last hidden states by a Shortcut; None where it would do something else than the modules."""
         if ops.is_recorded() or torch.is_grad_enabled() or type(self.encoder) is not PackedEncoder:
             return None
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.vmap: tensors without an address
+            return None
         for tensor in (input_ids, token_type_ids, attention_mask):
-            if tensor is not None and type(tensor) is not Tensor:
+            if tensor is not None and (type(tensor) is not Tensor or not tensor.is_cpu):
                 return None
         if not _are_ids(input_ids, token_type_ids) or (attention_mask is not None and attention_mask.dim() != 2):
             return None
         if attention_mask is not None and attention_mask.dtype not in (torch.int64, torch.bool):
             attention_mask = attention_mask != 0
-        shortcut = self._shortcut
-        last = None
-        if shortcut is not None:
-            last = shortcut(self, input_ids, token_type_ids, attention_mask)
-        if last is None:
-            self._shortcut = shortcut = Shortcut.of(self)
-            if shortcut is not None:
-                last = shortcut(self, input_ids, token_type_ids, attention_mask)
+        try:
+            last = None
+            if self._shortcut is not None:
+                last = self._shortcut(self, input_ids, token_type_ids, attention_mask)
+            if last is None:
+                self._shortcut = shortcut = Shortcut.of(self)
+                if shortcut is not None:
+                    last = shortcut(self, input_ids, token_type_ids, attention_mask)
+        except (IndexError, RuntimeError) as error:
+            self._refuse_bad_ids(error, input_ids, token_type_ids, None)
+            raise
         return last
 
     def _embed(
@@ -344,19 +344,23 @@ class PackedBertModel(BertModel):
         inputs_embeds: Tensor | None,
     ) -> Tensor:
         tables = self.embeddings
-        if type(tables) is BertEmbeddings and are_plain([tables]):
-            if input_ids is not None and position_ids is None and _are_ids(input_ids, token_type_ids):
-                embed = EmbedArguments.of(self)
-                gradient = torch.is_grad_enabled()
-                if embed is not None and not (gradient and any(weight.requires_grad for weight in embed.weights())):
-                    return ops.embed(input_ids, token_type_ids, *embed)
-            return _embed_tokens(tables, input_ids, token_type_ids, position_ids, inputs_embeds)
-        return tables(
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-        )
+        try:
+            if type(tables) is BertEmbeddings and are_plain([tables]):
+                if input_ids is not None and position_ids is None and _are_ids(input_ids, token_type_ids):
+                    embed = EmbedArguments.of(self)
+                    gradient = torch.is_grad_enabled()
+                    if embed is not None and not (gradient and any(weight.requires_grad for weight in embed.weights())):
+                        return ops.embed(input_ids, token_type_ids, *embed)
+                return _embed_tokens(tables, input_ids, token_type_ids, position_ids, inputs_embeds)
+            return tables(
+                input_ids=input_ids,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+            )
+        except (IndexError, RuntimeError) as error:
+            self._refuse_bad_ids(error, input_ids, token_type_ids, position_ids)
+            raise
 
     def _refuse_bad_ids(
         self, error: Exception, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
@@ -377,9 +381,11 @@ class PackedBertModel(BertModel):
 
 
 def _are_ids(input_ids: Tensor, token_type_ids: Tensor | None) -> bool:
-    """Whether they are what the op `embed` takes."""
+    """Whether they are what the native kernel of the op `embed` takes."""
     for ids in (input_ids, token_type_ids):
-        if ids is not None and (ids.dtype != torch.int64 or ids.shape != input_ids.shape):
+        if ids is None:
+            continue
+        if ids.dtype != torch.int64 or ids.shape != input_ids.shape or ids.device.type != "cpu":
             return False
     return True
 

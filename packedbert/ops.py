@@ -591,7 +591,7 @@ def _encoder_fake(
 
 
 def is_recorded() -> bool:
-    """Whether somebody records the calls, who has to see ops with weights, not with a number that stands for them."""
+    """Whether somebody records the calls, who has to see ops with weights and not a number in their place."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -7,7 +7,6 @@ it with what there is now, in loops that Python runs in C.
 """
 
 import operator
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from . import dispatch
 from .layers import NoNorm
-from .prepack import PreparedEncoder, address_of
+from .prepack import PrepackCache, address_of
 
 #: The modules of a BertEmbeddings: three tables and a norm.
 _EMBEDDING_PARTS = ("word_embeddings", "token_type_embeddings", "position_embeddings", "LayerNorm")
@@ -72,19 +71,15 @@ class EmbedArguments(NamedTuple):
 class Shortcut:
     """Embeddings and encoder of a patched BertModel as one op, for the model to keep.
 
-    A copy of it is None: what it watches belongs to one model. It keeps no prepacked weights alive.
+    A copy of it is None: what it watches belongs to one model. It keeps the model's parameters and modules alive until
+    the model makes another one, but nothing that its encoder's cache has forgotten.
 
     Args:
         bert: a PackedBertModel.
-        embed: of its embeddings.
-        prepared: of its encoder.
     """
 
-    def __init__(self, bert: Any, embed: EmbedArguments, prepared: PreparedEncoder) -> None:
-        self._embed = embed
-        self._weights = embed.weights()
-        self._addresses = list(map(address_of, self._weights))
-        self._prepared = weakref.ref(prepared)
+    def __init__(self, bert: Any) -> None:
+        # Before anything is made of it: what another thread changes meanwhile is a change.
         self._surroundings = dispatch.surroundings()
         self._modules = bert._modules
         embeddings, encoder = bert.embeddings, bert.encoder
@@ -97,24 +92,36 @@ class Shortcut:
         items = [(self._modules, name) for name in ("embeddings", "encoder")]
         for module in (*embeddings.modules(), *encoder.modules()):
             items += [(owner, name) for owner in (module._modules, module._parameters) for name in owner]
-        items += [(module.__dict__, "forward") for module in called]
+        of_calls = ("forward", "_forward_hooks", "_forward_pre_hooks")
+        items += [(module.__dict__, name) for module in called for name in of_calls]
         items += [(part.__dict__, name) for part in parts for name in ("max_norm", "eps")]
-        items += [(encoder.__dict__, name) for name in ("structure", "backend", "attention", "_prepacked")]
+        of_encoder = ("structure", "backend", "attention", "cache", "_prepacked")
+        items += [(encoder.__dict__, name) for name in of_encoder]
         self._owners = [owner for owner, _ in items]
         self._names = [name for _, name in items]
         self._values = [owner.get(name) for owner, name in items]
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # to pickle it, and to copy it
-        return type(None), ()
+        self._cache: PrepackCache = encoder.cache
+        self._key: int | None = None  # of the encoder in it
+        self._embed = EmbedArguments.of(bert)
+        self._weights: list[Tensor] = []
+        if self._embed is not None and are_plain([encoder]):
+            self._weights = self._embed.weights()
+            prepared = encoder.prepared()
+            self._key = None if prepared is None else prepared.key
+        # They change with dtype and device, which `Module.to` writes into the same parameters.
+        self._addresses = list(map(address_of, self._weights))
 
     @classmethod
     def of(cls, bert: Any) -> "Shortcut | None":
         """The model's; None where its modules would do something else, or native kernels do not run here."""
-        embed = EmbedArguments.of(bert)
-        if embed is None or not are_plain([bert.encoder]):
+        embeddings = bert.embeddings
+        if type(embeddings) is not BertEmbeddings or not are_plain([embeddings, bert.encoder]):
             return None
-        prepared = bert.encoder.prepared()
-        return None if prepared is None else cls(bert, embed, prepared)
+        shortcut = cls(bert)
+        return None if shortcut._key is None else shortcut
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # to pickle it, and to copy it
+        return type(None), ()
 
     def __call__(
         self, bert: Any, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None
@@ -123,15 +130,16 @@ class Shortcut:
 
         Args:
             bert: the model.
-            input_ids: int64 [batch, length].
+            input_ids: int64 [batch, length], on the CPU like the others.
             token_type_ids: the same, or None.
             attention_mask: bool or int64 [batch, length], or None.
 
         Returns: [batch, length, hidden_size].
         """
-        prepared = self._prepared()  # alive until the call is done
+        prepared = self._cache.prepared
         if (
             prepared is None
+            or prepared.key != self._key
             or bert._modules is not self._modules
             or not all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
             or any(self._hooks)
@@ -142,7 +150,8 @@ class Shortcut:
             or dispatch.surroundings() != self._surroundings
         ):
             return None
-        return torch.ops.packedbert.bert_prepared(input_ids, token_type_ids, attention_mask, *self._embed, prepared.key)
+        assert self._embed is not None
+        return torch.ops.packedbert.bert_prepared(input_ids, token_type_ids, attention_mask, *self._embed, self._key)
 
 
 def _parts(embeddings: nn.Module) -> list[Any]:

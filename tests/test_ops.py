@@ -343,9 +343,9 @@ def test_prepared_encoder():
         return ops.encoder(hidden, mask, weights, backend="cpu", **arguments)
 
     run()
-    key = cache._encoder.key
+    key = cache.prepared.key
     run()
-    assert cache._encoder.key == key  # nothing changed: nothing is prepared
+    assert cache.prepared.key == key  # nothing changed: nothing is prepared
     for index, weight in enumerate(weights):
         for change in ("in place", "replaced", "other memory", "swapped"):
             before = run()
@@ -363,7 +363,7 @@ def test_prepared_encoder():
             assert torch.equal(after, run(cache=0)), (index, change)
     assert torch.equal(run(activation="relu"), run(activation="relu", cache=0))
 
-    key = cache._encoder.key
+    key = cache.prepared.key
     cache.clear()
     with pytest.raises(RuntimeError, match="encoder_prepared: key: expected one of prepare_encoder, got"):
         torch.ops.packedbert.encoder_prepared(hidden, None, key)

@@ -1,5 +1,6 @@
 """The one native call of a whole model: taken where nothing forbids it, and never where it would miss something."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -7,6 +8,7 @@ import io
 import pickle
 import threading
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -148,6 +150,15 @@ def hooked(name, register="register_forward_hook"):
     return change
 
 
+def with_other_hooks(name):
+    def change(model, calls):
+        module = model.get_submodule(name)
+        module._forward_hooks = OrderedDict()  # as people do to remove all of them
+        module.register_forward_hook(lambda *_: calls.append("hook"))
+
+    return change
+
+
 def overridden(name):
     def change(model, calls):
         module = model.get_submodule(name)
@@ -197,6 +208,7 @@ def with_max_norm(model, calls):
     [
         *(hooked(name) for name in ("embeddings", "embeddings.LayerNorm", "encoder")),
         hooked("encoder", "register_forward_pre_hook"),
+        *(with_other_hooks(name) for name in ("embeddings", "embeddings.word_embeddings", "encoder")),
         *(overridden(name) for name in ("embeddings", "embeddings.word_embeddings", "encoder")),
         *(of_another_class(name) for name in ("embeddings", "embeddings.LayerNorm", "encoder")),
         *(parametrized, pruned_by_torch, with_max_norm),
@@ -301,7 +313,7 @@ def test_what_it_is_not_for(taken):
     real = batch["attention_mask"].bool()
     for change in other:
         torch.testing.assert_close(run(model, {**batch, **change})[real], expected[real])
-    torch.testing.assert_close(model(**batch).last_hidden_state[real], expected[real])  # which has a gradient
+    torch.testing.assert_close(model(**batch).last_hidden_state[real], expected[real])  # where gradients are on
     assert not taken
     for name in ("input_ids", "token_type_ids"):
         with pytest.raises(IndexError, match=rf"{name}: expected 0 to \d+, got 0 to 999"):
@@ -313,6 +325,46 @@ def test_what_it_is_not_for(taken):
     assert run(model, inputs(model.config, [0], 0) | {"attention_mask": None}).shape == (1, 0, 32)
 
 
+def test_embeddings_are_one_op_on_the_way_through_the_modules(taken, monkeypatch):
+    calls, embed = [], packedbert.ops.embed
+    monkeypatch.setattr(packedbert.ops, "embed", lambda *arguments: calls.append("op") or embed(*arguments))
+    model = packed()
+    batch = inputs(model.config, [5, 9], 11)
+    run(model, batch, output_hidden_states=True)
+    run(model, batch, output_hidden_states=True, position_ids=torch.arange(11)[None])
+    with_max_norm(model, calls)
+    run(model, batch, output_hidden_states=True)
+    assert calls == ["op", "hook"]
+    assert not taken
+
+
+def test_mapped_and_swapped_parameters(taken):
+    model = packed()
+    batch = inputs(model.config, [5, 9], 11)
+    expected = run(model, batch)
+    states = {name: tensor * 1.5 for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    with torch.inference_mode():
+        other = torch.func.functional_call(model, states, kwargs=batch).last_hidden_state
+    assert not torch.equal(other, expected)
+    assert torch.equal(run(model, batch), expected)
+    taken.clear()
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        mapped = torch.vmap(lambda row: model(input_ids=row[None]).last_hidden_state[0])(ids)
+    assert not taken
+    torch.testing.assert_close(mapped, run(model, {"input_ids": ids}))
+
+
+def test_inputs_elsewhere_are_not_for_the_cpu(taken):
+    model = packed()
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    run(model, {"input_ids": ids})
+    assert len(taken) == 1
+    with contextlib.suppress(RuntimeError):  # what PyTorch says, if it does
+        run(model, {"input_ids": ids.to("meta")})
+    assert len(taken) == 1
+
+
 def test_copies_are_their_own(taken):
     model = packed()
     batch = inputs(model.config, [5, 9], 11)
@@ -322,6 +374,7 @@ def test_copies_are_their_own(taken):
     file.seek(0)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
     for one in copies:
+        assert one._shortcut is None
         assert torch.equal(run(one, batch), expected)
         one.encoder.layer[0].up.weight.mul_(2)
         assert not torch.equal(run(one, batch), expected)
@@ -355,7 +408,7 @@ def test_callers_at_once():
 def test_nothing_outlives_the_model():
     model = packed()
     run(model, inputs(model.config, [5]))
-    memory = weakref.ref(model), weakref.ref(model._shortcut._prepared())
+    memory = weakref.ref(model), weakref.ref(model.encoder.cache.prepared)
     gc.disable()  # no cycle of references leaves hundreds of megabytes to the garbage collector
     try:
         model.encoder.clear_cache()
@@ -364,6 +417,42 @@ def test_nothing_outlives_the_model():
         assert memory[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_cleared_cache_is_cleared_whoever_holds_what_was_in_it():
+    model = packed()
+    batch = inputs(model.config, [5, 9], 11)
+    before = run(model, batch)
+    held = model.encoder.cache.prepared  # as the traceback of an error does, or another thread's call
+    model.encoder.layer[0].up.weight.data.mul_(2)  # which PyTorch does not count
+    assert torch.equal(run(model, batch), before)
+    model.encoder.clear_cache()
+    after = run(model, batch)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, by_modules(model, batch))
+    assert held is not model.encoder.cache.prepared
+    model.encoder.layer[0].up.weight.data.mul_(2)
+    model.encoder.clear_cache()
+    model(**batch)  # by the modules, since gradients are on: it fills the cache anew
+    assert torch.equal(run(model, batch), by_modules(model, batch))
+
+
+def test_a_change_while_it_is_made(taken, monkeypatch):
+    """As another thread makes it, during the packing of a first forward."""
+    model = packed()
+    batch = inputs(model.config, [5, 9], 11)
+    prepare = type(model.encoder).prepared
+
+    def prepared(self):
+        result = prepare(self)
+        replace(self.layer[0].up, "weight")
+        replace(model.embeddings.word_embeddings, "weight")
+        return result
+
+    monkeypatch.setattr(type(model.encoder), "prepared", prepared)
+    run(model, batch)
+    monkeypatch.undo()
+    assert torch.equal(run(model, batch), by_modules(model, batch))
 
 
 def test_a_replica_is_its_own(taken):

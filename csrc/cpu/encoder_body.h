@@ -243,6 +243,7 @@ struct SharedSteps {
 
   void operator()(int64_t count, int64_t /*grain*/, RangeTask task, const void* context) {
     SharedStep& step = *next++;
+    if (count == 0) return;
     const int64_t share = ceil_div(count, smaller(kMostShares, workers * shares_of_worker));
     const int64_t shares = ceil_div(count, share);
     const int64_t first = worker * shares / workers;
@@ -311,7 +312,7 @@ void run_worker(const void* context, int64_t begin, int64_t) {
     run.inner += begin * plan.inner_size;
     run.prepared += begin * plan.prepared_size;
   }
-  // A panel at a time: how many there are for a worker depends on how fast the threads are.
+  // A panel at a time (up to kMostShares): how many a worker takes depends on how fast the threads are.
   SharedSteps steps{shared.steps, begin, shared.workers, larger(1, plan.panels / shared.workers)};
   for (; run.layer < run.encoder->layer_count; ++run.layer) {
     if (plan.panels > 0) {
