@@ -431,6 +431,7 @@ def test_a_cleared_cache_is_cleared_whoever_holds_what_was_in_it():
     assert not torch.equal(after, before)
     assert torch.equal(after, by_modules(model, batch))
     assert held is not model.encoder.cache.prepared
+    run(model, batch)
     model.encoder.layer[0].up.weight.data.mul_(2)
     model.encoder.clear_cache()
     model(**batch)  # by the modules, since gradients are on: it fills the cache anew
