@@ -317,9 +317,11 @@ class PackedBertModel(BertModel):
         if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.vmap: tensors without an address
             return None
         for tensor in (input_ids, token_type_ids, attention_mask):
-            if tensor is not None and (type(tensor) is not Tensor or not tensor.is_cpu):
+            if tensor is not None and type(tensor) is not Tensor:
                 return None
-        if not _are_ids(input_ids, token_type_ids) or (attention_mask is not None and attention_mask.dim() != 2):
+        if not _are_ids(input_ids, token_type_ids):
+            return None
+        if attention_mask is not None and (attention_mask.dim() != 2 or not attention_mask.is_cpu):
             return None
         if attention_mask is not None and attention_mask.dtype not in (torch.int64, torch.bool):
             attention_mask = attention_mask != 0

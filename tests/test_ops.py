@@ -295,7 +295,7 @@ def test_every_op_is_checked():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("packedbert::")
     }
-    # Those three are for eager calls, and have no fake kernels: test_prepared_encoder.
+    # Those three are for eager calls, and have no fake kernels: test_prepared_encoder, test_shortcut.py.
     assert registered == set(opcheck_cases()) | {"prepare_encoder", "encoder_prepared", "bert_prepared"}
 
 

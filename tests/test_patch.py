@@ -11,11 +11,13 @@ import torch
 import transformers
 from models import ARCHITECTURES, encoder_of, inputs, prune, some_pruning, tiny_bert, tiny_config
 from torch import nn
+from torch.nn.utils.prune import identity
 
 import packedbert
 from packedbert import dispatch
 from packedbert.layers import NoNorm
 from packedbert.modules import PackedBertModel
+from packedbert.shortcut import Shortcut
 
 
 def pruned(architecture="BertModel", **config):
@@ -594,6 +596,64 @@ def test_the_report_prints():
 
 
 # ------------------------------------------------------------------------------------------------- embeddings
+
+
+def hooked(model):
+    calls = []
+    model.bert.embeddings.LayerNorm.register_forward_hook(lambda *_: calls.append("hook"))
+    return calls
+
+
+def overridden(model):
+    calls, norm = [], model.bert.embeddings.LayerNorm
+    norm.forward = lambda x: calls.append("hook") or type(norm).forward(norm, x)
+    return calls
+
+
+class Same(torch.nn.Module):
+    def forward(self, weight):
+        return weight.clone()
+
+
+def parametrized(model):
+    torch.nn.utils.parametrize.register_parametrization(model.bert.embeddings.word_embeddings, "weight", Same())
+
+
+def with_max_norm(model):
+    model.bert.embeddings.word_embeddings.max_norm = 1e9
+
+
+def pruned_words(model):
+    identity(model.bert.embeddings.word_embeddings, "weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "native"),
+    [
+        (None, True),
+        (lambda model: model.double().float() and None, True),
+        (hooked, False),
+        (overridden, False),
+        (parametrized, False),
+        (with_max_norm, False),
+        (pruned_words, False),
+    ],
+    ids=["plain", "converted", "a hook", "another forward", "a parametrization", "max_norm", "prune"],
+)
+def test_embeddings_are_one_op_where_nothing_else_is_asked_for(change, native, monkeypatch):
+    calls = []
+    for owner, name in ((packedbert.ops, "embed"), (Shortcut, "__call__")):  # one op, or part of one
+        native_call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, native_call=native_call: calls.append("op") or native_call(*a))
+    model = pruned("BertForQuestionAnswering")
+    batch = batch_for(model)
+    expected = run(model, batch)
+    model = packedbert.patch_model(model)
+    seen = change(model) if change else None
+    assert_same_on_real_tokens(run(model, batch), expected, batch["attention_mask"])
+    on_cpu = packedbert.dispatch.resolve("auto", torch.device("cpu"), torch.float32) == "cpu"
+    assert calls == (["op"] if native and on_cpu else [])
+    assert seen in (None, ["hook"])
 
 
 def test_embeddings_without_a_bias():
