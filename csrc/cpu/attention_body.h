@@ -172,7 +172,7 @@ inline void attend_tile(const QueriesKeysValues& in,
       const float* panel = in.keys + (first_slot + key + k) * size;
       const float* next = k + kPanelWidth < keys ? panel + kPanelWidth * size : nullptr;
       multiply_floats(query_rows, 0, rows, panel, next, smaller(kPanelWidth, keys - k), size, scores + k,
-                      kScoreStride, no_prefetch(panel), scope);
+                      kScoreStride, no_prefetch(panel), scope, Nothing{});
     }
     const FloatRows probabilities = FloatRows::in(scores, kScoreStride, scratch, kQueryRows, keys);
     for (int64_t row = 0; row < rows; ++row) {
@@ -186,7 +186,7 @@ inline void attend_tile(const QueriesKeysValues& in,
       const float* values = in.values + value * kPanelWidth;
       const int64_t columns = smaller(kPanelWidth, size - panel * kPanelWidth);
       multiply_floats(probabilities, 0, rows, values, nullptr, columns, keys, tile, kPanelWidth,
-                      no_prefetch(values), scope);
+                      no_prefetch(values), scope, Nothing{});
       for (int64_t row = 0; row < rows; ++row) {
         accumulate_context(tile + row * kPanelWidth, columns, first, correction[row],
                            last ? 1.0f / sum[row] : 1.0f,

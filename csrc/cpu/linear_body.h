@@ -67,8 +67,18 @@ PACKEDBERT_INLINE void prefetch_tile(const float* to, int64_t rows, int64_t stri
   }
 }
 
+// A unit of work as multiply_units has it: rows of a tile, and the panel that they meet.
+struct Unit {
+  int64_t row;
+  int64_t rows;
+  int64_t panel;
+
+  PACKEDBERT_INLINE int64_t column() const { return panel * kPanelWidth; }
+};
+
 // The two kinds of product that multiply_units takes. Both read kPanelWidth * sizeof(float) bytes of weights
-// a step: of one input in float, of kGroup inputs in int8.
+// a step: of one input in float, of kGroup inputs in int8. Both leave sums [rows, kPanelWidth], of which
+// complete() makes floats, and call meanwhile as multiply_floats does.
 constexpr int64_t kStepBytes = kPanelWidth * sizeof(float);
 static_assert(kStepBytes == kPanelWidth * kGroup);
 
@@ -77,18 +87,19 @@ struct FloatProduct {
   const Matrix& weight;
 
   PACKEDBERT_INLINE int64_t steps() const { return weight.in_features; }
-  PACKEDBERT_INLINE void multiply(int64_t row,
-                                  int64_t rows,
-                                  int64_t panel,
+  template <typename Meanwhile>
+  PACKEDBERT_INLINE void multiply(const Unit& unit,
                                   int64_t next_panel,
                                   int64_t columns,
-                                  float* tile,
+                                  float* sums,
                                   Prefetch ahead,
-                                  ProductScope& scope) const {
+                                  ProductScope& scope,
+                                  const Meanwhile& meanwhile) const {
     const auto at = [&](int64_t i) { return i < 0 ? nullptr : weight.floats() + i * steps() * kPanelWidth; };
-    multiply_floats(input, row, rows, at(panel), at(next_panel), columns, steps(), tile, kPanelWidth, ahead,
-                    scope);
+    multiply_floats(input, unit.row, unit.rows, at(unit.panel), at(next_panel), columns, steps(), sums,
+                    kPanelWidth, ahead, scope, meanwhile);
   }
+  PACKEDBERT_INLINE void complete(const Unit&, int64_t, int64_t, float*) const {}
 };
 
 struct QuantizedProduct {
@@ -96,23 +107,24 @@ struct QuantizedProduct {
   const Matrix& weight;
 
   PACKEDBERT_INLINE int64_t steps() const { return group_count(weight.in_features); }
-  PACKEDBERT_INLINE void multiply(int64_t row,
-                                  int64_t rows,
-                                  int64_t panel,
+  template <typename Meanwhile>
+  PACKEDBERT_INLINE void multiply(const Unit& unit,
                                   int64_t /*next_panel*/,
                                   int64_t columns,
-                                  float* tile,
+                                  float* sums,
                                   Prefetch ahead,
-                                  ProductScope& /*scope*/) const {
-    const int64_t first = panel * kPanelWidth;
-    multiply_quantized_panel(input, row, rows, weight.values() + panel * steps() * kStepBytes,
-                             weight.scale() + first, weight.column_sums() + first, columns, steps(), tile,
-                             kPanelWidth, ahead);
+                                  ProductScope& /*scope*/,
+                                  const Meanwhile& meanwhile) const {
+    multiply_quantized(input, unit.row, unit.rows, weight.quantized_panel(unit.panel), columns, sums, ahead,
+                       meanwhile);
+  }
+  PACKEDBERT_INLINE void complete(const Unit& unit, int64_t begin, int64_t end, float* sums) const {
+    complete_quantized(input, unit.row, begin, end, weight.quantized_panel(unit.panel), sums);
   }
 };
 
 // The units [begin, end) of a product. Each tile goes to finish(sums [rows, kPanelWidth], first row, rows,
-// first column) from the first-level cache.
+// first column) from the first-level cache, a few rows at a time, while the next one is multiplied.
 //   next: the weight that this thread will read afterwards, or null.
 // While a panel is multiplied, the next one is brought to the second-level cache, a share of it with each
 // tile: 2 to 9 percent, because the processor's own prefetching starts anew with every panel.
@@ -123,31 +135,47 @@ PACKEDBERT_INLINE void multiply_units(const Units& units,
                                       int64_t begin,
                                       int64_t end,
                                       const Finish& finish) {
-  alignas(64) float sums[kUnitRows * kPanelWidth];
+  alignas(64) float sums[2][kUnitRows * kPanelWidth];
   ProductScope scope;
   const int64_t panel_bytes = product.steps() * kStepBytes;
   const int64_t tiles_of_panel = smaller(units.tiles, units.tiles_per_block);
   const int64_t share = ceil_div(kStepBytes, tiles_of_panel);
   const char* panels = static_cast<const char*>(product.weight.data);
-  for (int64_t unit = begin; unit < end; ++unit) {
+  Unit before{};  // without rows: there is none
+  int turn = 0;
+  const auto finish_before = [&](int64_t part, int64_t parts) PACKEDBERT_INLINE_LAMBDA {
+    if (before.rows == 0) return;
+    const int64_t first = before.rows * part / parts;
+    const int64_t last = before.rows * (part + 1) / parts;
+    if (first == last) return;
+    float* made = sums[1 - turn];
+    product.complete(before, first, last, made);
+    finish(made + first * kPanelWidth, before.row + first, last - first, before.column());
+  };
+  for (int64_t i = begin; i < end; ++i, turn = 1 - turn) {
     int64_t tile = 0;
-    int64_t panel = 0;
-    units.find(unit, &tile, &panel);
-    const int64_t row = units.first_row(tile);
-    const int64_t rows = units.first_row(tile + 1) - row;
-    const char* this_panel = panels + panel * panel_bytes;
+    Unit unit{};
+    units.find(i, &tile, &unit.panel);
+    unit.row = units.first_row(tile);
+    unit.rows = units.first_row(tile + 1) - unit.row;
+    const char* this_panel = panels + unit.panel * panel_bytes;
     const char* next_panel =
-        unit + tiles_of_panel < end ? this_panel + panel_bytes : static_cast<const char*>(next);
+        i + tiles_of_panel < end ? this_panel + panel_bytes : static_cast<const char*>(next);
     Prefetch ahead{this_panel, 0};
     if (next_panel) ahead = {next_panel + tile % units.tiles_per_block * share * product.steps(), share};
-    finish.prepare(row, rows, panel * kPanelWidth);
+    finish.prepare(unit.row, unit.rows, unit.column());
     int64_t next_tile = 0;
     int64_t panel_after = -1;
-    if (unit + 1 < end) units.find(unit + 1, &next_tile, &panel_after);
-    product.multiply(row, rows, panel, panel_after, smaller(kPanelWidth, units.columns - panel * kPanelWidth),
-                     sums, ahead, scope);
-    finish(sums, row, rows, panel * kPanelWidth);
+    if (i + 1 < end) units.find(i + 1, &next_tile, &panel_after);
+    if (tiles_of_panel > 1) {
+      finish_before(0, 1);
+      before.rows = 0;
+    }
+    product.multiply(unit, panel_after, smaller(kPanelWidth, units.columns - unit.column()), sums[turn],
+                     ahead, scope, finish_before);
+    before = unit;
   }
+  finish_before(0, 1);
 }
 
 // The inputs of a matrix of either kind: rows of floats, and scratch for what its product makes of them

@@ -8,6 +8,14 @@
 
 namespace packedbert::cpu {
 
+// One panel of a quantized matrix.
+struct QuantizedPanel {
+  const int8_t* values;        // [groups, kPanelWidth, kGroup]
+  const float* scale;          // [kPanelWidth], of its columns
+  const int32_t* column_sums;  // the same
+  int64_t groups;
+};
+
 // Laid out as packed_layout.h says.
 struct Matrix {
   int64_t out_features;
@@ -28,6 +36,11 @@ struct Matrix {
   }
   const float* input_scale() const {
     return reinterpret_cast<const float*>(column_sums() + panel_count(out_features) * kPanelWidth);
+  }
+  QuantizedPanel quantized_panel(int64_t i) const {
+    const int64_t column = i * kPanelWidth;
+    return {values() + i * quantized_panel_size(in_features), scale() + column, column_sums() + column,
+            group_count(in_features)};
   }
 };
 

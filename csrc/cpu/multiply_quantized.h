@@ -86,23 +86,38 @@ PACKEDBERT_INLINE void multiply_quantized_pass_of(int64_t count,
                                  ahead);
 }
 
-// tile = rows [first_row, first_row + count), count <= kTileRows, times one panel.
-//   panel [groups, kPanelWidth, kGroup], of which `columns` are wanted; scale and column_sums [kPanelWidth]
-//   of its columns; tile [count, kPanelWidth] with tile_stride between rows.
+// tile = rows [first_row, first_row + count), count <= kTileRows, times one panel, of which `columns` are
+// wanted; tile [count, kPanelWidth] with tile_stride between rows.
 inline void multiply_quantized_panel(const QuantizedRows& rows,
                                      int64_t first_row,
                                      int64_t count,
-                                     const int8_t* panel,
-                                     const float* scale,
-                                     const int32_t* column_sums,
+                                     const QuantizedPanel& panel,
                                      int64_t columns,
-                                     int64_t groups,
                                      float* tile,
                                      int64_t tile_stride,
                                      Prefetch ahead) {
   for (int64_t column = 0; column < columns; column += kQuantizedTileColumns) {
-    multiply_quantized_pass_of<kTileRows>(count, rows, first_row, panel + column * kGroup, scale + column,
-                                          column_sums + column, groups, tile + column, tile_stride, ahead);
-    ahead.from += groups / kQuantizedPasses * ahead.bytes;
+    multiply_quantized_pass_of<kTileRows>(count, rows, first_row, panel.values + column * kGroup,
+                                          panel.scale + column, panel.column_sums + column, panel.groups,
+                                          tile + column, tile_stride, ahead);
+    ahead.from += panel.groups / kQuantizedPasses * ahead.bytes;
   }
 }
+
+// sums [count, kPanelWidth] = the same; meanwhile: as in multiply_floats.
+template <typename Meanwhile>
+PACKEDBERT_INLINE void multiply_quantized(const QuantizedRows& rows,
+                                          int64_t first_row,
+                                          int64_t count,
+                                          const QuantizedPanel& panel,
+                                          int64_t columns,
+                                          float* sums,
+                                          Prefetch ahead,
+                                          const Meanwhile& meanwhile) {
+  meanwhile(0, 1);
+  multiply_quantized_panel(rows, first_row, count, panel, columns, sums, kPanelWidth, ahead);
+}
+
+// Makes floats of the rows [begin, end) of sums: they are.
+PACKEDBERT_INLINE void complete_quantized(
+    const QuantizedRows&, int64_t, int64_t, int64_t, const QuantizedPanel&, float*) {}

@@ -44,6 +44,11 @@ struct Prefetch {
 // The panel itself, which is there anyway.
 inline Prefetch no_prefetch(const float* panel) { return {reinterpret_cast<const char*>(panel), 0}; }
 
+// What there is to do while something is multiplied: nothing.
+struct Nothing {
+  PACKEDBERT_INLINE void operator()(int64_t /*part*/, int64_t /*parts*/) const {}
+};
+
 // tile = input weight^T, or tile += input weight^T with `add`, for kRows rows and kTileColumns columns.
 //   input [kRows, depth] with input_stride between rows; weight [depth, kPanelWidth], of which the first
 //   kTileColumns columns are used; tile [kRows, kTileColumns] with tile_stride between rows.

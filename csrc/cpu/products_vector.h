@@ -61,17 +61,21 @@ struct ProductScope {
 // tile [count, kPanelWidth] = rows [first_row, first_row + count), count <= kUnitRows, times one panel.
 //   panel [depth, kPanelWidth], of which `columns` are wanted; next_panel: what the next call will be for, or
 //   null; tile: with tile_stride between rows, and room for all rows that a unit may have.
-inline void multiply_floats(const FloatRows& rows,
-                            int64_t first_row,
-                            int64_t count,
-                            const float* panel,
-                            const float* /*next_panel*/,
-                            int64_t columns,
-                            int64_t depth,
-                            float* tile,
-                            int64_t tile_stride,
-                            Prefetch ahead,
-                            ProductScope& /*scope*/) {
+//   meanwhile(part, parts) is called for each part, before or during the product: what else there is to do.
+template <typename Meanwhile>
+PACKEDBERT_INLINE void multiply_floats(const FloatRows& rows,
+                                       int64_t first_row,
+                                       int64_t count,
+                                       const float* panel,
+                                       const float* /*next_panel*/,
+                                       int64_t columns,
+                                       int64_t depth,
+                                       float* tile,
+                                       int64_t tile_stride,
+                                       Prefetch ahead,
+                                       ProductScope& /*scope*/,
+                                       const Meanwhile& meanwhile) {
+  meanwhile(0, 1);
   multiply_tile(rows.values + first_row * rows.stride, rows.stride, count, panel, columns, depth, tile,
                 tile_stride, ahead);
 }

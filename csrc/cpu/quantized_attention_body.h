@@ -118,10 +118,10 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
     for (int64_t row = 0; row < rows; ++row)
       quantize_row(queries + row * in.query_stride, nullptr, size, quantized_queries, row);
     for (int64_t k = 0; k < keys; k += kPanelWidth) {
-      multiply_quantized_panel(quantized_queries, 0, rows, kv.keys + (slot + k) * groups * kGroup,
-                               kv.key_scale + slot + k, kv.key_sums + slot + k,
-                               smaller(kPanelWidth, keys - k), groups, scores + k, kScoreStride,
-                               no_prefetch(queries));
+      const QuantizedPanel panel{kv.keys + (slot + k) * groups * kGroup, kv.key_scale + slot + k,
+                                 kv.key_sums + slot + k, groups};
+      multiply_quantized_panel(quantized_queries, 0, rows, panel, smaller(kPanelWidth, keys - k), scores + k,
+                               kScoreStride, no_prefetch(queries));
     }
 
     // The largest value scale, or a NaN if one of them is.
@@ -151,8 +151,9 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
       const int64_t columns = smaller(kPanelWidth, size - panel * kPanelWidth);
       const int64_t value =
           (head * panel_count(size) + panel) * batch.key_slots + slot - head * batch.key_slots;
-      multiply_quantized_panel(probabilities, 0, rows, kv.values + value * kPanelWidth, ones, no_sums,
-                               columns, group_count(keys), tile, kPanelWidth, no_prefetch(queries));
+      multiply_quantized_panel(probabilities, 0, rows,
+                               {kv.values + value * kPanelWidth, ones, no_sums, group_count(keys)}, columns,
+                               tile, kPanelWidth, no_prefetch(queries));
       for (int64_t row = 0; row < rows; ++row) {
         accumulate_context(tile + row * kPanelWidth, columns, first, correction[row],
                            last ? 1.0f / sum[row] : 1.0f,
