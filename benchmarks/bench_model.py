@@ -8,6 +8,8 @@ Each turn is two timed calls. "cold" comes after those of all other peers, whose
 caches. Before it, torch's threads do small products for SETTLE seconds: ONNX Runtime's threads keep a core busy for 10
 to 50 ms after they are done, and a processor that rests wakes slowly (after 50 ms of sleep a call of 2 ms took 5, and
 the next one 2.9). "hot" comes after calls of machine.WARM seconds: one, where it takes that long.
+
+Beside the peers stand floors.py's: model "floor", which no peer can be faster than.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import floors
 import machine
 import record
 import shapes
@@ -117,19 +120,24 @@ def measure(
 
 
 def rows(
-    structure: bench.Structure, model_kind: str, runners: dict[Peer, Runner], cells: Sequence[Cell]
+    structure: bench.Structure,
+    model_kind: str,
+    runners: dict[Peer, Runner],
+    cells: Sequence[Cell],
+    beside: dict[Peer, Runner] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The CSV's rows for one model."""
+    """The CSV's rows for one model, and the floors `beside` it."""
+    beside = beside or {}
     for batch, length in cells:
         data = batches(batch, length, structure.vocab_size)
         eager = next(run for peer, run in runners.items() if peer.name == "PyTorch eager")
         errors, slowest = check(runners, torch.stack([*eager(*data[0])]), data[0])
-        times, rate = measure({peer: runners[peer] for peer in errors}, data, slowest)
+        times, rate = measure({**{peer: runners[peer] for peer in errors}, **beside}, data, slowest)
         flops = structure.flops(batch, length)
         for (peer, cache), seconds in times.items():
             yield {
                 "structure": structure.name,
-                "model": model_kind,
+                "model": "floor" if peer in beside else model_kind,
                 "peer": peer.name,
                 "precision": peer.precision,
                 "batch": batch,
@@ -139,7 +147,7 @@ def rows(
                 "gflop": round(flops / 1e9, 4),
                 "sgemm_gflops": round(rate / 1e9, 1),
                 "time_over_L": round(statistics.median(seconds) * rate / flops, 4),
-                "logits_error": float(f"{errors[peer]:.2g}"),
+                "logits_error": float(f"{errors[peer]:.2g}") if peer in errors else "",
             }
 
 
@@ -147,7 +155,8 @@ def every_row(structure: bench.Structure, cells: Sequence[Cell], quick: bool, de
     """The packed model with all peers, then the dense one."""
     fp32 = [peer for peer in PEERS if peer.precision == "fp32"]
     most = [peer for peer in PEERS if peer.precision == "fp32" or peer.ours]
-    yield from rows(structure, "packed", build(bench.build_stock(structure), most if quick else PEERS), cells)
+    stock = bench.build_stock(structure)
+    yield from rows(structure, "packed", build(stock, most if quick else PEERS), cells, floors.build(stock))
     if not dense:
         return
     everywhere = [peer for peer in fp32 if peer.name in DENSE_EVERYWHERE]

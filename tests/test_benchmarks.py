@@ -30,7 +30,7 @@ def test_every_benchmark_and_the_report(tmp_path):
 
     model = read("model.csv")
     assert {"packedbert", "PyTorch eager", "torch.compile"} <= {row["peer"] for row in model}
-    assert {row["model"] for row in model} == {"packed", "dense"}
+    assert {row["model"] for row in model} == {"packed", "dense", "floor"}
     assert {row["cache"] for row in model} == {"hot", "cold"}
     for row in model:
         # L in milliseconds is gflop / sgemm_gflops * 1000; the columns have to agree with each other.
@@ -48,8 +48,9 @@ def test_every_benchmark_and_the_report(tmp_path):
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "replaced" not in text
     assert "| 1, 8 |" in text
+    assert "| 1, 8, cold caches |" in text
     assert "| patch_model |" in text
     for plot in ("model.png", "scaling.png"):
         assert (tmp_path / plot).stat().st_size > 10_000
