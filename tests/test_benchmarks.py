@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def test_every_benchmark_and_the_report(tmp_path):
     pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- benchmarks: begin -->\nold\n<!-- benchmarks: end -->\nafter\n")
+    readme.write_text("before\n<!-- benchmarks: begin -->\nreplaced\n<!-- benchmarks: end -->\nafter\n")
     # From another folder than the sources, which Python would import in place of the package.
     command = [sys.executable, BENCHMARKS, "--tiny", "--results", tmp_path, "--readme", readme]
     done = subprocess.run(command, cwd=BENCHMARKS.parent / "tests", capture_output=True, text=True, check=False)
