@@ -124,7 +124,7 @@ struct QuantizedProduct {
 };
 
 // The units [begin, end) of a product. Each tile goes to finish(sums [rows, kPanelWidth], first row, rows,
-// first column) from the first-level cache, a few rows at a time, while the next one is multiplied.
+// first column) from the first-level cache; with few rows while the next one is multiplied, a part at a time.
 //   next: the weight that this thread will read afterwards, or null.
 // While a panel is multiplied, the next one is brought to the second-level cache, a share of it with each
 // tile: 2 to 9 percent, because the processor's own prefetching starts anew with every panel.
@@ -167,6 +167,7 @@ PACKEDBERT_INLINE void multiply_units(const Units& units,
     int64_t next_tile = 0;
     int64_t panel_after = -1;
     if (i + 1 < end) units.find(i + 1, &next_tile, &panel_after);
+    // Where a panel meets several tiles, reading it is not what takes the time, and both at once clock lower.
     if (tiles_of_panel > 1) {
       finish_before(0, 1);
       before.rows = 0;
