@@ -50,8 +50,8 @@ class PackedBertConfig(QuantizationConfigMixin):
         ValueError: an unknown backend or precision; a skip that is neither, or "auto" without a calibration.
     """
 
-    #: What `replace` may change, and with it patch_model's overrides.
-    _CHOICES = (
+    #: What `replace` may change, and with it the keywords of patch_model and load.
+    CHOICES = (
         *("backend", "precision", "skip", "attention", "int8_embeddings", "calibration"),
         *("keep_original", "release_weights"),
     )
@@ -122,13 +122,13 @@ class PackedBertConfig(QuantizationConfigMixin):
         Raises:
             TypeError: a field that does not exist.
         """
-        unknown = changes.keys() - set(self._CHOICES)
+        unknown = changes.keys() - set(self.CHOICES)
         if unknown:
             raise TypeError(
-                f"PackedBertConfig: expected {', '.join(self._CHOICES[:-1])} or {self._CHOICES[-1]}, "
+                f"PackedBertConfig: expected {', '.join(self.CHOICES[:-1])} or {self.CHOICES[-1]}, "
                 f"got {', '.join(sorted(unknown))}"
             )
-        fields = {name: getattr(self, name) for name in (*self._CHOICES, "layers")}
+        fields = {name: getattr(self, name) for name in (*self.CHOICES, "layers")}
         return PackedBertConfig(**{**fields, **changes})
 
 

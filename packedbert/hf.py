@@ -128,7 +128,8 @@ def load(
         model_id: a hub id or a folder.
         task: which head; one of `TASKS`.
         config: how to run it; PackedBertConfig() if None.
-        **kwargs: for from_pretrained, e.g. `dtype=torch.float32`, `revision`, `local_files_only`.
+        **kwargs: fields of the config to change, as patch_model takes them, e.g. `precision="int8"`; the rest is for
+            from_pretrained, e.g. `dtype=torch.float32`, `revision`, `local_files_only`.
 
     Returns: the model, in evaluation mode, with a `packedbert_report`.
 
@@ -139,7 +140,8 @@ def load(
     """
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
-    config = config or PackedBertConfig()
+    choices = {name: kwargs.pop(name) for name in PackedBertConfig.CHOICES if name in kwargs}
+    config = (config or PackedBertConfig()).replace(**choices)
     _check_folder(model_id)
     if os.path.isdir(model_id):
         # from_pretrained would read the files before our hook sees them, and say less about what is wrong.

@@ -214,6 +214,23 @@ def test_no_norm_checkpoint(tmp_path):
     assert_answers(again, batch, logits_of(loaded, batch))
 
 
+def test_load_takes_fields_of_the_config(tiny_checkpoint):
+    folder, batch, _ = tiny_checkpoint
+    config = PackedBertConfig(precision="int8", skip=[0])
+    loaded = packedbert.load(folder, config=config)
+    for again in (
+        packedbert.load(folder, precision="int8", skip=[0]),
+        packedbert.load(folder, config=PackedBertConfig(precision="int8"), skip=[0], dtype=torch.float32),
+    ):
+        assert again.bert.encoder.precisions() == loaded.bert.encoder.precisions()
+        assert_same_bits(again, loaded)
+        torch.testing.assert_close(logits_of(again, batch), logits_of(loaded, batch), rtol=0, atol=0)
+    assert "int8" in loaded.bert.encoder.precisions()[1]
+    assert config.skip == ("0",)
+    with pytest.raises(ValueError, match=r"precision: expected one of .*, got 'int7'"):
+        packedbert.load(folder, precision="int7")
+
+
 def test_load_gives_an_ordinary_model(tiny_checkpoint, tmp_path):
     folder, batch, logits = tiny_checkpoint
     model = packedbert.load(folder, config=PackedBertConfig(backend="reference"))
