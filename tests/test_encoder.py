@@ -32,10 +32,11 @@ def native(states, mask, weights, heads, activation="gelu", norm="layer_norm"):
 # -------------------------------------------------------------------------------------------------- attention
 
 
+@pytest.mark.parametrize("size", [1.0, 1e5])  # the second one's scores are further apart than e^x can hold
 @pytest.mark.parametrize("head_size", [1, 5, 32, 33, 64, 80])
-def test_attention_on_every_isa(isa, head_size):
+def test_attention_on_every_isa(isa, head_size, size):
     lengths = [1, 13, 0, 14, 15, 33, 100]
-    qkv, bounds = ragged_qkv(lengths, 3, head_size)
+    qkv, bounds = ragged_qkv(lengths, 3, head_size, size)
     got = ops.pruned_attention(qkv.float(), bounds, 3)
     expected = [reference.pruned_attention(x, bounds, 3) for x in (qkv.float(), qkv)]
     assert_as_exact_as_torch(got, *expected)
@@ -88,22 +89,32 @@ def test_encoder_on_every_isa(isa, shape, activation, norm):
 
 
 def in_any_order(states, mask, weights, heads, generator):
-    """PyTorch's float32 result, with its sums over hidden units, and over those of the FFN, in a random order."""
+    """PyTorch's float32 result, every sum of a product in a random order: over hidden units, a head's, the FFN's."""
     order = torch.randperm(states.shape[-1], generator=generator)
     permuted = []
-    for w in reference.split_layers([weight.float() for weight in weights]):
+    for w, count in zip(reference.split_layers([weight.float() for weight in weights]), heads, strict=True):
         ffn = torch.randperm(len(w.up_weight), generator=generator)
-        columns = {"qkv_weight": w.qkv_weight[:, order], "up_weight": w.up_weight[ffn][:, order]}
-        kept = {"qkv_bias", "up_bias", *columns}
-        rows = {name: value[order] for name, value in w._asdict().items() if name not in kept}
-        rows |= {"up_bias": w.up_bias[ffn], "down_weight": rows["down_weight"][:, ffn]}
-        permuted += w._replace(**columns, **rows)
+        width = w.attention_output_weight.shape[1]
+        context = torch.arange(width).view(count, -1) if count else torch.arange(0).view(0, 0)
+        context = context[:, torch.randperm(context.shape[1], generator=generator)].flatten()
+        qkv = torch.cat([context, width + context, 2 * width + context])
+        rows = {name: value[order] for name, value in w._asdict().items() if not name.startswith(("qkv", "up"))}
+        permuted += w._replace(
+            **rows
+            | {"qkv_weight": w.qkv_weight[qkv][:, order], "qkv_bias": w.qkv_bias[qkv]}
+            | {"up_weight": w.up_weight[ffn][:, order], "up_bias": w.up_bias[ffn]}
+            | {"attention_output_weight": rows["attention_output_weight"][:, context]}
+            | {"down_weight": rows["down_weight"][:, ffn]}
+        )
     result = reference.encoder(states.float()[..., order], mask, permuted, heads, "gelu", "no_norm", 1e-12)
     return result[..., order.argsort()]
 
 
-# The example has a single hidden unit: only the FFN's order makes a difference.
+# With a single hidden unit only the order within the FFN and the heads makes a difference.
 @example(1, 3, [(0, 29), (0, 1), (1, 0)])
+@example(1, 24, [(1, 0), (1, 0)])
+@example(1, 27, [(0, 33), (2, 2), (1, 0)])
+@example(1, 13, [(1, 8), (2, 0), (1, 0)])  # scores of 1e9 and more
 @given(st.integers(1, 70), st.integers(1, 40), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=3))
 def test_encoder_of_any_width(hidden, head_size, layers):
     """Layers without a norm that scales amplify each rounding: PyTorch's own error depends on the order of its sums."""

@@ -262,6 +262,12 @@ def test_int8_attention_over_long_sequences(isa, length, size):
     assert relative(got, reference.pruned_attention(qkv, bounds, 1)) < 0.06
 
 
+def test_int8_attention_of_scores_that_no_float_holds_to_within_1(isa):
+    qkv, bounds = float_qkv([40, 3], 1, 32, 1e5)
+    got = ops.pruned_attention(qkv, bounds, 1, "int8")
+    assert relative(got, reference.pruned_attention(qkv, bounds, 1, "int8")) < 1e-3
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_int8_attention_shows_a_nan(isa, part):
     """In a query: that query's context. In a key or a value: all of the sequence. Never another sequence or head."""

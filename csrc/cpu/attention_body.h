@@ -107,12 +107,12 @@ PACKEDBERT_INLINE float exponentiate(
     new_maximum = new_maximum > *maximum ? new_maximum : *maximum;
     correction = first_lane(exp(Vec::broadcast(scale * (*maximum - new_maximum))));
   }
-  // The scale costs nothing here: it is folded into the subtraction of the maximum.
+  // The maximum first: scale * maximum would be rounded, for large scores by more than e^x can take.
   const Vec factor = Vec::broadcast(scale);
-  const Vec shift = Vec::broadcast(-scale * new_maximum);
+  const Vec most = Vec::broadcast(new_maximum);
   Vec total = Vec::zero();
   for (int64_t i = 0; i < end; i += Vec::kWidth) {
-    const Vec e = exp(fma(Vec::load(scores + i), factor, shift));
+    const Vec e = exp((Vec::load(scores + i) - most) * factor);
     put(i, e);
     total = total + e;
   }
