@@ -127,7 +127,8 @@ struct QuantizedProduct {
 // first column) from the first-level cache; with few rows while the next one is multiplied, a part at a time.
 //   next: the weight that this thread will read afterwards, or null.
 // While a panel is multiplied, the next one is brought to the second-level cache, a share of it with each
-// tile: 2 to 9 percent, because the processor's own prefetching starts anew with every panel.
+// tile: 2 to 9 percent, because the processor's own prefetching starts anew with every panel. AMX's products
+// differ in that: see products_amx.h.
 template <typename Product, typename Finish>
 PACKEDBERT_INLINE void multiply_units(const Units& units,
                                       const Product& product,
