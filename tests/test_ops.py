@@ -175,14 +175,16 @@ def test_packed_linear_takes_leading_dimensions_and_strides():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_over_their_whole_range(activation):
-    """An identity weight shows the activation alone: large, small, denormal and infinite arguments."""
+def test_activations_over_their_whole_range(activation, isa):
+    """An identity weight shows the activation alone: large, small and denormal arguments."""
     values = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-40, -1e-40, 1e30, -1e30])])
     exact = ACTIVATIONS[activation](values.double())
     got = ops.packed_linear(
         values[:, None], ops.prepack_linear(torch.ones(1, 1)), torch.zeros(1), activation=activation
     )[:, 0]
     assert (got.double() - exact).abs().div(exact.abs().clamp(min=1)).max() < 1e-6
+    far = got[values.abs() > 1]
+    assert not ((far != 0) & (far.abs() < torch.finfo(torch.float32).tiny)).any()  # subnormal numbers are slow
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -196,7 +198,7 @@ def test_a_nan_stays_in_its_row_and_is_seen(activation, norm):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_infinities_give_the_limit(activation):
+def test_infinities_give_the_limit(activation, isa):
     values = torch.tensor([[float("inf")], [float("-inf")]])
     got = ops.packed_linear(values, ops.prepack_linear(torch.ones(1, 1)), torch.zeros(1), activation=activation)
     assert got[0] == float("inf")

@@ -101,18 +101,19 @@ PACKEDBERT_INLINE float exponentiate(
   while (end % Vec::kWidth != 0) scores[end++] = -__builtin_inff();  // adds 1e-38 to a sum of 1 or more
   Vec top = Vec::load(scores);
   for (int64_t i = Vec::kWidth; i < end; i += Vec::kWidth) top = max(top, Vec::load(scores + i));
+  const float to_base_2 = scale * kLog2E;
   float new_maximum = max_of_lanes(top);
   float correction = 0.0f;
   if (!first) {
     new_maximum = new_maximum > *maximum ? new_maximum : *maximum;
-    correction = first_lane(exp(Vec::broadcast(scale * (*maximum - new_maximum))));
+    correction = first_lane(exp2(Vec::broadcast(to_base_2 * (*maximum - new_maximum))));
   }
   // The maximum first: scale * maximum would be rounded, for large scores by more than e^x can take.
-  const Vec factor = Vec::broadcast(scale);
+  const Vec factor = Vec::broadcast(to_base_2);
   const Vec most = Vec::broadcast(new_maximum);
   Vec total = Vec::zero();
   for (int64_t i = 0; i < end; i += Vec::kWidth) {
-    const Vec e = exp((Vec::load(scores + i) - most) * factor);
+    const Vec e = exp2((Vec::load(scores + i) - most) * factor);
     put(i, e);
     total = total + e;
   }

@@ -32,6 +32,7 @@ PACKEDBERT_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.value, b
 PACKEDBERT_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.value, b.value)}; }
 PACKEDBERT_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.value, b.value)}; }
 PACKEDBERT_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.value, b.value)}; }
+PACKEDBERT_INLINE Vec inverse(Vec a) { return Vec::broadcast(1.0f) / a; }
 PACKEDBERT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.value, b.value, c.value)}; }
 PACKEDBERT_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.value, b.value)}; }
 PACKEDBERT_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.value, b.value)}; }

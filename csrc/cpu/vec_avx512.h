@@ -31,6 +31,12 @@ PACKEDBERT_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.value, b
 PACKEDBERT_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.value, b.value)}; }
 PACKEDBERT_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.value, b.value)}; }
 PACKEDBERT_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.value, b.value)}; }
+// A guess of 14 bits, and a step of Newton's method: dividing would take 16 cycles.
+PACKEDBERT_INLINE Vec inverse(Vec a) {
+  const __m512 guess = _mm512_rcp14_ps(a.value);
+  const __m512 rest = _mm512_fnmadd_ps(a.value, guess, _mm512_set1_ps(1.0f));
+  return {_mm512_fmadd_ps(guess, rest, guess)};
+}
 PACKEDBERT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
 PACKEDBERT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.value, b.value)}; }
 PACKEDBERT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.value, b.value)}; }
