@@ -209,6 +209,8 @@ def all_cases() -> list[Case]:
         cases.append(attention(dtype, (70, 7), 2, 128))
         cases.append(attention(dtype, (70, 7), 3, 5, padded_rows=False))
         cases.append(attention(dtype, (70,), 1, 64, size=8.0))
+    # Scores of 1e9 and more, which float16 cannot hold.
+    cases += [attention(dtype, (70, 7), 1, 80, size=1e5) for dtype in ("float32", "bfloat16")]
     for activation in reference.ACTIVATIONS:
         cases.append(rows("float32", 5, 384, "none", activation, splits=1, residual=False))
         cases.append(rows("float32", 5, 77, "layer_norm", activation, splits=1))

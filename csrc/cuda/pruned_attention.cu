@@ -218,13 +218,14 @@ __global__ void __launch_bounds__(kAttentionThreads, HalfAttention<T, kHead, kAn
       const float before = largest[half];
       largest[half] = fmaxf(before, max_over<4>(tile_largest));
       const float rescale = exp2_fast((before - largest[half]) * a.scale);
-      const float shift = largest[half] * a.scale;
       sum[half] *= rescale;
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scores[j][i] = exp2_fast(fmaf(scores[j][i], a.scale, -shift));
+          // Not score * scale - largest * scale in one: that product is rounded, for large scores by more than
+          // an exponent can take.
+          scores[j][i] = exp2_fast((scores[j][i] - largest[half]) * a.scale);
           sum[half] += scores[j][i];
         }
       }
