@@ -223,8 +223,8 @@ __global__ void __launch_bounds__(kAttentionThreads, HalfAttention<T, kHead, kAn
       for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          // Not score * scale - largest * scale in one: that product is rounded, for large scores by more than
-          // an exponent can take.
+          // Not score * scale - largest * scale in one: that product is rounded, for large scores by more
+          // than an exponent can take.
           scores[j][i] = exp2_fast((scores[j][i] - largest[half]) * a.scale);
           sum[half] += scores[j][i];
         }
