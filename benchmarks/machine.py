@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -9,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -137,14 +139,26 @@ _FLAGS = {
 }
 
 
-def register_peaks(isa: str, threads: int) -> Peaks | None:
-    """What an instruction set can do at best; None without g++, or without vectors."""
+@contextlib.contextmanager
+def peak_program(isa: str, threads: int) -> Iterator[Callable[[], Peaks] | None]:
+    """What measures the best that an instruction set can do, compiled; None without g++, or without vectors."""
     compiler = shutil.which("g++")
     if compiler is None or isa not in _FLAGS:
-        return None
+        yield None
+        return
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peaks"
         source = Path(__file__).with_name("peaks.cpp")
         subprocess.run([compiler, "-O3", "-std=c++20", "-pthread", *_FLAGS[isa], source, "-o", program], check=True)
-        run = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
-    return Peaks(*map(float, run.stdout.split()))
+
+        def measure() -> Peaks:
+            run = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
+            return Peaks(*map(float, run.stdout.split()))
+
+        yield measure
+
+
+def register_peaks(isa: str, threads: int) -> Peaks | None:
+    """What an instruction set can do at best, measured once; None where `peak_program` is."""
+    with peak_program(isa, threads) as measure:
+        return measure() if measure else None
