@@ -186,7 +186,10 @@ def dense_table(rows: list[Row]) -> str:
 def usage_table(rows: list[Row]) -> str:
     """Markdown: what using it costs besides time."""
     lines = ["| besides speed | measured | limit |", "|---|---|---|"]
-    lines += [f"| {row['what']} | {row['value']} {row['unit']} | {row['limit']} {row['unit']} |" for row in rows]
+    lines += [
+        f"| {row['what']} | {row['value']} {row['unit']} | {row['limit']} {row['unit'] if row['limit'] else ''} |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 
