@@ -141,7 +141,7 @@ def seconds_on(
     before = native.isa()
     native.set_isa(isa)
     try:
-        return statistics.median(bench.interleaved({"run": lambda _: run(**batch), "": beside}, rounds)["run"])
+        return statistics.median(bench.interleaved({"run": lambda _: run(**batch), "beside": beside}, rounds)["run"])
     finally:
         native.set_isa(before)
 
@@ -158,14 +158,13 @@ def avx2_rows(ours: Any, structure: Structure, cell: tuple[int, int], rounds: in
         if measure is None:
             return
         seconds = seconds_on("avx2", ours, structure, cell, rounds, lambda _: peaks.append(measure().fma))
-        product_time = product_seconds(structure, cell, rounds)
     peak = statistics.median(peaks)
     yield row("FMA peak of AVX2, on registers alone", peak / 1e9, "GFLOP/s", None)
     yield row(f"AVX2 forced at {cell}: time over its FMA limit", seconds * peak / structure.flops(*cell), "", 1.15)
     products = 2 * cell[0] * cell[1] * sum(inputs * outputs for inputs, outputs in linear_shapes(structure))
     yield row(
         "the same of PyTorch's sgemm forced to AVX2, the linear layers' products alone",
-        product_time * peak / products,
+        product_seconds(structure, cell, rounds) * peak / products,
         "",
         None,
     )

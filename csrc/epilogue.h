@@ -16,4 +16,6 @@ enum class Norm {
   no_norm,     // x * norm_weight + norm_bias (nn_pruning's NoNorm)
 };
 
+inline constexpr float kLog2E = 1.4426950408889634f;  // e^x = 2^(x log2(e)): GELU's, and the softmax's
+
 }  // namespace packedbert

@@ -1,8 +1,6 @@
 // Functions of a Vec, written once over its interface. Included inside the namespace and the target region of
 // one instruction set, after its vec_*.h.
 
-constexpr float kLog2E = 1.44269504088896341f;  // e^x = 2^(x log2(e))
-
 // 2^x, relative error 1.7e-7, for x < 127.5; less than -126 counts as that, so that nothing is subnormal
 // (where it was, GELU took ten times as long); a NaN stays one. 2^r for -1/2 <= r <= 1/2 is 1 + r P(r), a
 // minimax fit (as in gelu) of relative error 1.1e-7.

@@ -5,12 +5,12 @@
 #include "cuda/pruned_attention.h"
 
 #include "cuda/elements.cuh"
+#include "epilogue.h"
 
 namespace packedbert::cuda {
 
 constexpr int kAttentionThreads = 128;
 constexpr int kChunkElements16 = 8;  // 16 bytes
-constexpr float kLog2E = 1.4426950408889634f;
 
 struct AttentionArguments {
   const void* qkv;
