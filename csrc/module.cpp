@@ -1,14 +1,14 @@
-// The Python module packedbert._C: functions about the processor, and release_encoder. Importing it also
-// registers the ops of ops*.cpp. It keeps to Python's limited API, so that one file serves every Python
-// from 3.10 on.
+// The Python module packedbert._C: functions about the processor, and what prepack.py and shortcut.py need
+// beside ops. Importing it also registers the ops of ops*.cpp. It keeps to Python's limited API, so that one
+// file serves every Python from 3.10 on.
 #include <Python.h>
 
 #include <cstring>
 #include <string>
 
 #include "cpu/isa.h"
-#include "ops_encoder.h"
 #include "packed_layout.h"
+#include "prepared.h"
 
 namespace {
 
@@ -55,11 +55,32 @@ PyObject* cuda_built(PyObject*, PyObject*) {
 #endif
 }
 
-PyObject* release_encoder(PyObject*, PyObject* argument) {
+template <void (*kRelease)(int64_t)>
+PyObject* release(PyObject*, PyObject* argument) {
   const long long key = PyLong_AsLongLong(argument);
   if (key == -1 && PyErr_Occurred()) return nullptr;
-  packedbert::release_encoder(key);
+  kRelease(key);
   Py_RETURN_NONE;
+}
+
+// In C, because with cold caches each item waits for memory: here a processor waits for several at a time, in
+// the interpreter for one after the other.
+PyObject* are_same(PyObject*, PyObject* arguments) {
+  PyObject *owners, *names, *values;
+  if (!PyArg_ParseTuple(arguments, "O!O!O!:are_same", &PyList_Type, &owners, &PyList_Type, &names,
+                        &PyList_Type, &values))
+    return nullptr;
+  const Py_ssize_t count = PyList_Size(owners);
+  if (PyList_Size(names) != count || PyList_Size(values) != count) {
+    return PyErr_Format(PyExc_ValueError, "are_same: expected lists of one length, got %zd, %zd and %zd",
+                        count, PyList_Size(names), PyList_Size(values));
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* found = PyDict_GetItemWithError(PyList_GetItem(owners, i), PyList_GetItem(names, i));
+    if (!found && PyErr_Occurred()) return nullptr;
+    if ((found ? found : Py_None) != PyList_GetItem(values, i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
 }
 
 PyMethodDef methods[] = {
@@ -71,8 +92,13 @@ PyMethodDef methods[] = {
      "it."},
     {"cuda_built", cuda_built, METH_NOARGS,
      "cuda_built() -> bool\n\nWhether this file has the CUDA kernels."},
-    {"release_encoder", release_encoder, METH_O,
+    {"release_encoder", release<packedbert::release_encoder>, METH_O,
      "release_encoder(key: int) -> None\n\nForget what the op prepare_encoder returned this key for."},
+    {"release_bert", release<packedbert::release_bert>, METH_O,
+     "release_bert(key: int) -> None\n\nForget what the op prepare_bert returned this key for."},
+    {"are_same", are_same, METH_VARARGS,
+     "are_same(owners: list[dict], names: list, values: list) -> bool\n\nWhether each dict has the very "
+     "object under its name; None stands for none."},
     {nullptr, nullptr, 0, nullptr},
 };
 

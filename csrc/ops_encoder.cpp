@@ -1,95 +1,17 @@
-// The kernels of embed, pruned_attention and the encoder as torch sees them; see ops.cpp.
+// The kernels of pruned_attention and the encoder as torch sees them; see ops.cpp.
 #include "ops_encoder.h"
 
 #include <algorithm>
 #include <initializer_list>
-#include <map>
 #include <memory>
-#include <mutex>
-#include <random>
 #include <vector>
 
 #include "cpu/attention.h"
-#include "cpu/embed.h"
-#include "cpu/encoder.h"
-#include "cpu/ragged_batch.h"
-#include "ops_common.h"
 #include "packed_layout.h"
+#include "prepared.h"
 
 namespace packedbert {
 namespace {
-
-// ---------------------------------------------------------------- embed
-
-constexpr const char* kEmbed = "embed";
-
-// Ids of the shape of `like`, each a row of a table; contiguous.
-Tensor take_ids(const char* argument, const Tensor& ids, const Tensor& like, int64_t table_rows) {
-  if (!ids.is_cpu()) fail(kEmbed, argument, "a tensor on cpu", device_of(ids));
-  if (ids.scalar_type() != ScalarType::Long) fail(kEmbed, argument, "int64", to_string(ids.scalar_type()));
-  if (shape_of(ids) != shape_of(like)) {
-    fail(kEmbed, argument, to_string(shape_of(like)) + " (the shape of input_ids)", to_string(shape_of(ids)));
-  }
-  const Tensor contiguous = ids.is_contiguous() ? ids : torch::stable::contiguous(ids);
-  const int64_t* id = contiguous.const_data_ptr<int64_t>();
-  const int64_t* const end = id + ids.numel();
-  id = std::find_if(id, end, [=](int64_t row) { return row < 0 || row >= table_rows; });
-  if (id != end) fail(kEmbed, argument, "0 to " + std::to_string(table_rows - 1), std::to_string(*id));
-  return contiguous;
-}
-
-Tensor embed_cpu(const Tensor& input_ids,
-                 const std::optional<Tensor>& token_type_ids,
-                 const Tensor& words,
-                 const Tensor& types,
-                 const Tensor& positions,
-                 StringHandle norm_handle,
-                 const Tensor& norm_weight,
-                 const Tensor& norm_bias,
-                 double eps) {
-  const std::string norm = take_string(norm_handle);
-  if (input_ids.dim() != 2) fail(kEmbed, "input_ids", "[batch, length]", to_string(shape_of(input_ids)));
-  check_float32(kEmbed, "words", words);
-  if (words.dim() != 2) fail(kEmbed, "words", "[vocab_size, hidden_size]", to_string(shape_of(words)));
-  const int64_t length = input_ids.size(1);
-  const int64_t hidden_size = words.size(1);
-  const Checker check{kEmbed, words};
-  const auto check_table = [&](const char* argument, const Tensor& table) {
-    return check(argument, table, {table.dim() > 0 ? table.size(0) : 0, hidden_size}, " (a row for each id)");
-  };
-  // They own what `embeddings` points to.
-  const Tensor word_table = check_table("words", words);
-  const Tensor type_table = check_table("types", types);
-  const Tensor position_table = check_table("positions", positions);
-  const Tensor weight = check("norm_weight", norm_weight, {hidden_size});
-  const Tensor bias = check("norm_bias", norm_bias, {hidden_size});
-  if (length > position_table.size(0)) {
-    fail(kEmbed, "input_ids", "at most " + std::to_string(position_table.size(0)) + " positions",
-         std::to_string(length));
-  }
-  if (type_table.size(0) == 0) fail(kEmbed, "types", "a row at least", to_string(shape_of(types)));
-  const Tensor word_ids = take_ids("input_ids", input_ids, input_ids, word_table.size(0));
-  std::optional<Tensor> type_ids;
-  if (token_type_ids) type_ids = take_ids("token_type_ids", *token_type_ids, input_ids, type_table.size(0));
-  Tensor output = torch::stable::new_empty(words, Shape{input_ids.size(0), length, hidden_size});
-  const cpu::Embeddings embeddings{
-      .tokens = input_ids.numel(),
-      .length = length,
-      .hidden_size = hidden_size,
-      .word_ids = word_ids.const_data_ptr<int64_t>(),
-      .type_ids = type_ids ? type_ids->const_data_ptr<int64_t>() : nullptr,
-      .words = word_table.const_data_ptr<float>(),
-      .types = type_table.const_data_ptr<float>(),
-      .positions = position_table.const_data_ptr<float>(),
-      .norm = parse_norm(kEmbed, norm),
-      .norm_weight = weight.const_data_ptr<float>(),
-      .norm_bias = bias.const_data_ptr<float>(),
-      .eps = static_cast<float>(eps),
-      .output = output.mutable_data_ptr<float>(),
-  };
-  cpu::embed(embeddings, cpu::torch_parallel_for);
-  return output;
-}
 
 // ---------------------------------------------------------------- pruned_attention
 
@@ -263,74 +185,16 @@ std::vector<cpu::EncoderLayer> take_layers(const char* op,
   return layers;
 }
 
-// The weights of an encoder, checked, and what else does not change from call to call.
-struct EncoderWeights {
-  std::vector<Tensor> tensors;  // own what `layers` points to
-  std::vector<cpu::EncoderLayer> layers;
-  int64_t hidden_size;
-  Activation activation;
-  Norm norm;
-  float eps;
-};
-
-// An attention mask: true, or where integers are allowed not 0, for real tokens.
-class Mask {
- public:
-  Mask(const char* op, const Tensor& mask, const Shape& shape, bool integers) {
-    if (!mask.is_cpu()) fail(op, "attention_mask", "a tensor on cpu", device_of(mask));
-    const bool integer = integers && mask.scalar_type() == ScalarType::Long;
-    if (!integer && mask.scalar_type() != ScalarType::Bool)
-      fail(op, "attention_mask", integers ? "bool or int64" : "bool", to_string(mask.scalar_type()));
-    if (shape_of(mask) != shape)
-      fail(op, "attention_mask", to_string(shape) + " or None", to_string(shape_of(mask)));
-    contiguous_ = mask.is_contiguous() ? mask : torch::stable::contiguous(mask);
-    if (!integer) return;
-    const int64_t* from = contiguous_.const_data_ptr<int64_t>();
-    converted_ = std::make_unique<bool[]>(contiguous_.numel());
-    std::transform(from, from + contiguous_.numel(), converted_.get(), [](int64_t x) { return x != 0; });
-  }
-
-  const bool* real() const { return converted_ ? converted_.get() : contiguous_.const_data_ptr<bool>(); }
-
- private:
-  Tensor contiguous_;
-  std::unique_ptr<bool[]> converted_;
-};
-
 Tensor run_encoder(const char* op,
                    const EncoderWeights& weights,
                    const Tensor& hidden_states,
-                   const std::optional<Tensor>& attention_mask,
-                   bool integer_mask = false) {
-  const int64_t sequences = hidden_states.size(0);
-  const int64_t length = hidden_states.size(1);
+                   const std::optional<Tensor>& attention_mask) {
+  const RealTokens tokens(op, attention_mask, hidden_states.size(0), hidden_states.size(1));
   const Tensor input =
       hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
-
-  std::optional<Mask> mask;
-  if (attention_mask) mask.emplace(op, *attention_mask, Shape{sequences, length}, integer_mask);
-  std::vector<int64_t> rows;
-  const cpu::RaggedBatch batch =
-      cpu::RaggedBatch::from_mask(mask ? mask->real() : nullptr, sequences, length, &rows);
-  const bool padded = static_cast<int64_t>(rows.size()) != sequences * length;
-  Tensor output = padded ? torch::stable::new_zeros(input, shape_of(input))
-                         : torch::stable::new_empty(input, shape_of(input));
-  const cpu::Encoder encoder{
-      .batch = batch.view(),
-      .hidden_size = weights.hidden_size,
-      .layer_count = static_cast<int64_t>(weights.layers.size()),
-      .layers = weights.layers.data(),
-      .activation = weights.activation,
-      .norm = weights.norm,
-      .eps = weights.eps,
-      .rows = rows.data(),
-      .input = input.const_data_ptr<float>(),
-      .output = output.mutable_data_ptr<float>(),
-  };
-  const cpu::EncoderPlan plan =
-      cpu::plan_encoder(encoder, torch::stable::get_num_threads(), cpu::active_isa());
-  Tensor scratch = torch::stable::new_empty(input, Shape{plan.size});
-  cpu::encoder(encoder, plan, scratch.mutable_data_ptr<float>(), cpu::torch_parallel_for);
+  Tensor output = tokens.are_all() ? torch::stable::new_empty(input, shape_of(input))
+                                   : torch::stable::new_zeros(input, shape_of(input));
+  run_encoder(weights, tokens, input.const_data_ptr<float>(), output.mutable_data_ptr<float>());
   return output;
 }
 
@@ -369,18 +233,10 @@ Tensor encoder_prepacked_cpu(const Tensor& hidden_states,
 // ---------------------------------------------------------------- prepare_encoder, encoder_prepared
 
 // The encoders that prepare_encoder was given, until release_encoder.
-struct PreparedEncoders {
-  std::mutex mutex;
-  std::map<int64_t, std::shared_ptr<const EncoderWeights>> of_key;
-  // Keys begin anywhere, so that one of another process is not found here.
-  int64_t last_key = static_cast<int64_t>(std::random_device{}()) << 20;
-
-  // Never destroyed: at the end of a process nobody knows whether torch is still there.
-  static PreparedEncoders& all() {
-    static PreparedEncoders& encoders = *new PreparedEncoders;
-    return encoders;
-  }
-};
+Registry<EncoderWeights>& encoders() {
+  static Registry<EncoderWeights>& registry = *new Registry<EncoderWeights>;  // see Registry
+  return registry;
+}
 
 int64_t prepare_encoder_cpu(const std::vector<Tensor>& weights,
                             const std::vector<int64_t>& num_heads,
@@ -403,74 +259,81 @@ int64_t prepare_encoder_cpu(const std::vector<Tensor>& weights,
       .norm = parse_norm(op, norm),
       .eps = static_cast<float>(eps),
   });
-  PreparedEncoders& encoders = PreparedEncoders::all();
-  const std::lock_guard<std::mutex> lock(encoders.mutex);
-  encoders.of_key.emplace(++encoders.last_key, std::move(checked));
-  return encoders.last_key;
-}
-
-Tensor run_prepared(const char* op,
-                    const Tensor& hidden_states,
-                    const std::optional<Tensor>& attention_mask,
-                    bool integer_mask,
-                    int64_t key) {
-  std::shared_ptr<const EncoderWeights> weights;
-  {
-    PreparedEncoders& encoders = PreparedEncoders::all();
-    const std::lock_guard<std::mutex> lock(encoders.mutex);
-    const auto found = encoders.of_key.find(key);
-    if (found == encoders.of_key.end()) fail(op, "key", "one of prepare_encoder", std::to_string(key));
-    weights = found->second;
-  }
-  check_states(op, hidden_states);
-  if (hidden_states.size(2) != weights->hidden_size) {
-    fail(op, "hidden_states", "[batch, length, " + std::to_string(weights->hidden_size) + "]",
-         to_string(shape_of(hidden_states)));
-  }
-  return run_encoder(op, *weights, hidden_states, attention_mask, integer_mask);
+  return encoders().add(std::move(checked));
 }
 
 Tensor encoder_prepared_cpu(const Tensor& hidden_states,
                             const std::optional<Tensor>& attention_mask,
                             int64_t key) {
-  return run_prepared("encoder_prepared", hidden_states, attention_mask, false, key);
-}
-
-Tensor bert_prepared_cpu(const Tensor& input_ids,
-                         const std::optional<Tensor>& token_type_ids,
-                         const std::optional<Tensor>& attention_mask,
-                         const Tensor& words,
-                         const Tensor& types,
-                         const Tensor& positions,
-                         StringHandle norm,
-                         const Tensor& norm_weight,
-                         const Tensor& norm_bias,
-                         double eps,
-                         int64_t key) {
-  const Tensor embedded =
-      embed_cpu(input_ids, token_type_ids, words, types, positions, norm, norm_weight, norm_bias, eps);
-  return run_prepared("bert_prepared", embedded, attention_mask, true, key);
+  const char* op = "encoder_prepared";
+  const std::shared_ptr<const EncoderWeights> weights = find_encoder(op, key);
+  check_states(op, hidden_states);
+  if (hidden_states.size(2) != weights->hidden_size) {
+    fail(op, "hidden_states", "[batch, length, " + std::to_string(weights->hidden_size) + "]",
+         to_string(shape_of(hidden_states)));
+  }
+  return run_encoder(op, *weights, hidden_states, attention_mask);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(packedbert, CPU, m) {
-  m.impl("embed", TORCH_BOX(&embed_cpu));
   m.impl("pruned_attention", TORCH_BOX(&pruned_attention_cpu));
   m.impl("encoder_prepacked", TORCH_BOX(&encoder_prepacked_cpu));
   m.impl("prepare_encoder", TORCH_BOX(&prepare_encoder_cpu));
   m.impl("encoder_prepared", TORCH_BOX(&encoder_prepared_cpu));
-  m.impl("bert_prepared", TORCH_BOX(&bert_prepared_cpu));
 }
 
 }  // namespace
 
-void release_encoder(int64_t key) {
-  std::shared_ptr<const EncoderWeights> weights;  // destroyed after the lock
-  PreparedEncoders& encoders = PreparedEncoders::all();
-  const std::lock_guard<std::mutex> lock(encoders.mutex);
-  const auto found = encoders.of_key.find(key);
-  if (found == encoders.of_key.end()) return;
-  weights = std::move(found->second);
-  encoders.of_key.erase(found);
+RealTokens::RealTokens(
+    const char* op, const std::optional<Tensor>& mask, int64_t sequences, int64_t length, bool integers)
+    : batch(cpu::RaggedBatch({0})), padded_(sequences * length) {
+  if (!mask) {
+    batch = cpu::RaggedBatch::from_mask(nullptr, sequences, length, &rows);
+    return;
+  }
+  const Shape shape{sequences, length};
+  if (!mask->is_cpu()) fail(op, "attention_mask", "a tensor on cpu", device_of(*mask));
+  const bool integer = integers && mask->scalar_type() == ScalarType::Long;
+  if (!integer && mask->scalar_type() != ScalarType::Bool)
+    fail(op, "attention_mask", integers ? "bool or int64" : "bool", to_string(mask->scalar_type()));
+  if (shape_of(*mask) != shape)
+    fail(op, "attention_mask", to_string(shape) + " or None", to_string(shape_of(*mask)));
+  const Tensor contiguous = mask->is_contiguous() ? *mask : torch::stable::contiguous(*mask);
+  if (!integer) {
+    batch = cpu::RaggedBatch::from_mask(contiguous.const_data_ptr<bool>(), sequences, length, &rows);
+    return;
+  }
+  const int64_t* from = contiguous.const_data_ptr<int64_t>();
+  const std::unique_ptr<bool[]> real(new bool[padded_]);
+  std::transform(from, from + padded_, real.get(), [](int64_t x) { return x != 0; });
+  batch = cpu::RaggedBatch::from_mask(real.get(), sequences, length, &rows);
 }
+
+void run_encoder(const EncoderWeights& weights, const RealTokens& tokens, const float* input, float* output) {
+  const cpu::Encoder encoder{
+      .batch = tokens.batch.view(),
+      .hidden_size = weights.hidden_size,
+      .layer_count = static_cast<int64_t>(weights.layers.size()),
+      .layers = weights.layers.data(),
+      .activation = weights.activation,
+      .norm = weights.norm,
+      .eps = weights.eps,
+      .rows = tokens.rows.data(),
+      .input = input,
+      .output = output,
+  };
+  const cpu::EncoderPlan plan =
+      cpu::plan_encoder(encoder, torch::stable::get_num_threads(), cpu::active_isa());
+  const Floats scratch(plan.size);
+  cpu::encoder(encoder, plan, scratch.get(), cpu::torch_parallel_for);
+}
+
+std::shared_ptr<const EncoderWeights> find_encoder(const char* op, int64_t key) {
+  std::shared_ptr<const EncoderWeights> weights = encoders().find(key);
+  if (!weights) fail(op, "key", "one of prepare_encoder", std::to_string(key));
+  return weights;
+}
+
+void release_encoder(int64_t key) { encoders().release(key); }
 
 }  // namespace packedbert

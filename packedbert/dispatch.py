@@ -15,6 +15,7 @@ import torch
 #: Environment variables that force a choice for the whole process.
 BACKEND_VARIABLE = "PACKEDBERT_BACKEND"
 ISA_VARIABLE = "PACKEDBERT_CPU_ISA"
+VARIABLES = (BACKEND_VARIABLE, ISA_VARIABLE)
 
 #: Backend names that a config may ask for.
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
@@ -191,11 +192,6 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if not _why_not_cpu(device, dtype) and (cpu_isa() != "scalar" or ISA_VARIABLE in os.environ):
         return "cpu"
     return "reference"
-
-
-def surroundings() -> tuple[str | None, ...]:
-    """What `resolve` depends on beside its arguments, as far as it can change while a process runs."""
-    return os.environ.get(BACKEND_VARIABLE), os.environ.get(ISA_VARIABLE), cpu_isa()
 
 
 def why_slower(backend: str, device: torch.device, dtype: torch.dtype) -> str:

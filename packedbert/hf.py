@@ -26,6 +26,7 @@ from .patch import (
     dense_layers,
     encoder_structure,
     install_encoder,
+    install_heads,
     leave_report,
     narrow,
     patch_model,
@@ -66,6 +67,7 @@ class PackedBertQuantizer(HfQuantizer):
         if shapes is not None:
             _check_packed(encoder, shapes)
         install_encoder(bert, encoder)
+        install_heads(model)
         if self.quantization_config.int8_embeddings:
             _expect_int8_embeddings(bert, shapes)
         if structure.norm == "no_norm":

@@ -2,9 +2,10 @@
 
 `torch.ops.packedbert.*` has six ops. The native library adds kernels for the CPU to all of them but `encoder`, and for
 CUDA to all but that and `embed`; every op has a default in plain PyTorch (reference.py) for any other device and for
-machines without the library, so that the same call works everywhere. Three more are for eager calls on the CPU and have
+machines without the library, so that the same call works everywhere. Four more are for eager calls on the CPU and have
 native kernels only: `prepare_encoder` and `encoder_prepared` are `encoder_prepacked` in two steps (prepack.py), and
-`bert_prepared` is `embed` and `encoder_prepared` in one (shortcut.py).
+`prepare_bert` and `bert_prepared` are a whole model in two: `embed`, `encoder_prepared`, and perhaps an output layer
+(shortcut.py).
 
 A weight that a model stores is *canonical*, [out_features, in_features]. Kernels want it *prepacked*, in a
 blocked layout that depends on the device (csrc/packed_layout.h). `encoder` takes canonical weights, or prepacked ones
@@ -47,9 +48,10 @@ _SCHEMAS.define(
 )
 _SCHEMAS.define("encoder_prepared(Tensor hidden_states, Tensor? attention_mask, int key) -> Tensor")
 _SCHEMAS.define(
-    "bert_prepared(Tensor input_ids, Tensor? token_type_ids, Tensor? attention_mask, Tensor words, Tensor types, "
-    "Tensor positions, str norm, Tensor norm_weight, Tensor norm_bias, float eps, int key) -> Tensor"
+    "prepare_bert(Tensor words, Tensor types, Tensor positions, str norm, Tensor norm_weight, Tensor norm_bias, "
+    "float eps, int encoder, Tensor? head_weight, Tensor? head_bias) -> int"
 )
+_SCHEMAS.define("bert_prepared(Tensor input_ids, Tensor? token_type_ids, Tensor? attention_mask, int key) -> Tensor")
 _SCHEMAS.define(
     "encoder(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
     "str activation, str norm, float eps, str attention, str backend, int cache) -> Tensor"

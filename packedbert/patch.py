@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import BertModel
+from transformers import BertForQuestionAnswering, BertModel
 
 from . import dispatch
 from .checkpoint import pruned_heads
 from .config import PackedBertConfig
+from .heads import PackedBertForQuestionAnswering
 from .layers import NoNorm, PrepackedLinear, QuantizedEmbedding, QuantizedLinear
 from .modules import PackedBertModel, PackedEncoder
 from .packing import pack_layer
@@ -103,6 +104,7 @@ def patch_model(model: nn.Module, config: PackedBertConfig | None = None, **over
             bert.embeddings.word_embeddings = QuantizedEmbedding.of(table)
         if encoder.structure.norm == "no_norm":
             undo.norms.update(replace_norms(model))
+    install_heads(model)
     model.eval()
     model._packedbert_undo = undo  # type: ignore[assignment]
     (encoder, stored), *_ = packed.values()
@@ -136,6 +138,10 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         bert.encoder = encoder.to(device=device, dtype=dtype)
         bert.__dict__.pop("_shortcut", None)
         bert.__class__ = BertModel
+    for module in model.modules():
+        if type(module) is PackedBertForQuestionAnswering:
+            module.__dict__.pop("_shortcut", None)
+            module.__class__ = BertForQuestionAnswering
     for name, table in undo.embeddings.items():
         tables: Any = model.get_submodule(name).embeddings
         like = tables.word_embeddings.weight_scale
@@ -170,6 +176,13 @@ def install_encoder(bert: BertModel, encoder: PackedEncoder) -> None:
     """Make a BertModel instance run a packed encoder."""
     bert.encoder = encoder
     bert.__class__ = PackedBertModel
+
+
+def install_heads(model: nn.Module) -> None:
+    """Make models that consist of a packed BERT and an output layer run both at once, where we have a class for it."""
+    for module in model.modules():
+        if type(module) is BertForQuestionAnswering and type(module.bert) is PackedBertModel:
+            module.__class__ = PackedBertForQuestionAnswering
 
 
 def narrow(layer: Any, heads: int, ffn_width: int, head_size: int) -> None:

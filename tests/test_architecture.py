@@ -24,6 +24,7 @@ ORDER = (
     "layers",
     "shortcut",
     "modules",
+    "heads",
     "report",
     "patch",
     "calibration",

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import inspect
 import io
 import pickle
 import threading
@@ -19,7 +20,8 @@ from torch.nn.utils.prune import identity
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 import packedbert
-from packedbert import dispatch, modules
+from packedbert import dispatch, shortcut
+from packedbert.modules import make_output
 from packedbert.shortcut import Shortcut
 
 pytestmark = pytest.mark.skipif(dispatch.cpu_isa() in ("none", "scalar"), reason="needs a native kernel that is chosen")
@@ -33,15 +35,15 @@ def packed(precision="fp32"):
 @pytest.fixture
 def taken(monkeypatch):
     """The shortcuts that were taken."""
-    calls, run = [], Shortcut.__call__
+    calls, run = [], shortcut.run
 
-    def noted(self, *batch):
-        result = run(self, *batch)
+    def noted(model, *batch):
+        result = run(model, *batch)
         if result is not None:
-            calls.append(self)
+            calls.append(model._shortcut)
         return result
 
-    monkeypatch.setattr(Shortcut, "__call__", noted)
+    monkeypatch.setattr(shortcut, "run", noted)
     return calls
 
 
@@ -359,7 +361,7 @@ def test_inputs_elsewhere_are_not_for_the_cpu(monkeypatch):
     model = packed()
     batch = {"input_ids": torch.zeros(1, 3, dtype=torch.int64), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
     run(model, batch)
-    monkeypatch.setattr(Shortcut, "__call__", lambda *_: pytest.fail("a shortcut was tried"))
+    monkeypatch.setattr(Shortcut, "current", lambda *_: pytest.fail("a shortcut was tried"))
     for name, tensor in batch.items():
         with contextlib.suppress(RuntimeError):  # what PyTorch says, if it does
             run(model, {**batch, name: tensor.to("meta")})
@@ -481,14 +483,286 @@ def test_bert_prepared_says_what_does_not_fit():
     model = packed()
     batch = inputs(model.config, [5, 9], 11)
     run(model, batch)
-    shortcut = model._shortcut
-    ids = batch["input_ids"]
+    ids, key, op = batch["input_ids"], model._shortcut.key, torch.ops.packedbert.bert_prepared
     with pytest.raises(RuntimeError, match=r"bert_prepared: attention_mask: expected bool or int64, got float32"):
-        shortcut(model, ids, None, torch.ones(2, 11))
+        op(ids, None, torch.ones(2, 11), key)
     with pytest.raises(RuntimeError, match=r"bert_prepared: attention_mask: expected \[2, 11\] or None, got \[2, 10\]"):
-        shortcut(model, ids, None, torch.ones(2, 10, dtype=torch.bool))
-    with pytest.raises(RuntimeError, match=r"bert_prepared: key: expected one of prepare_encoder, got 0"):
-        torch.ops.packedbert.bert_prepared(ids, None, None, *shortcut._embed, 0)
+        op(ids, None, torch.ones(2, 10, dtype=torch.bool), key)
+    with pytest.raises(RuntimeError, match=r"bert_prepared: input_ids: expected at most 24 positions, got 25"):
+        op(torch.zeros(1, 25, dtype=torch.int64), None, None, key)
+    with pytest.raises(RuntimeError, match=r"bert_prepared: key: expected one of prepare_bert, .*, got 0"):
+        op(ids, None, None, 0)
+    model.encoder.clear_cache()
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"bert_prepared: key: expected one of prepare_bert, of an encoder that is"):
+        op(ids, None, None, key)
+
+
+# ---------------------------------------------------------------------------------------------------- heads
+
+
+def answering(precision="fp32", **changes):
+    config = tiny_config(**changes)
+    model = prune(tiny_bert("BertForQuestionAnswering", config), *some_pruning(config))
+    return packedbert.patch_model(model, precision=precision)
+
+
+def answers(model, batch, **options):
+    with torch.inference_mode():
+        output = model(**batch, **options)
+    return torch.stack([output.start_logits, output.end_logits])
+
+
+def answers_by_modules(model, batch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shortcut, "of", lambda *_: None)
+        model._shortcut = model.bert._shortcut = None
+        return answers(model, batch)
+
+
+@pytest.mark.parametrize("hidden", [4, 20, 36, 132])  # with and without whole vectors, and four of them
+def test_answers_are_those_of_the_modules(isa, hidden, taken):
+    """The error against float64 is at most twice that of PyTorch's own layer, plus rounding."""
+    if isa == "scalar":
+        pytest.skip("`auto` does not choose it")
+    model = answering(hidden_size=hidden)
+    batch = inputs(model.config, [5, 9, 1], 11)
+    got = answers(model, batch)
+    assert len(taken) == 1
+    states = run(model.bert, batch)
+    head = model.qa_outputs
+    exact = (states.double() @ head.weight.double().t() + head.bias.double()).permute(2, 0, 1)
+    scale = (states.abs().double() @ head.weight.abs().double().t()).amax() + head.bias.abs().amax()
+    ours, theirs = ((logits - exact).abs().max() for logits in (got, answers_by_modules(model, batch)))
+    assert ours <= 2 * theirs + 1e-7 * scale
+    padding = ~batch["attention_mask"].bool()
+    for logits, bias in zip(got, head.bias, strict=True):  # as of hidden states that are 0
+        assert (logits[padding] == bias).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("mask", [True, False])
+def test_answers_by_one_call(precision, mask, taken):
+    model = answering(precision)
+    batch = inputs(model.config, [5, 9, 1] if mask else [11, 11], 11)
+    if not mask:
+        del batch["attention_mask"], batch["token_type_ids"]
+    with torch.inference_mode():
+        got = model(**batch)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Shortcut, "of", lambda *_: None)
+            model._shortcut = None
+            expected = model(**batch)
+    assert len(taken) == 1
+    assert type(got) is type(expected)
+    assert vars(got).keys() == vars(expected).keys()
+    assert list(got) == list(expected) == ["start_logits", "end_logits"]
+    for name, logits in got.items():
+        assert logits.is_contiguous()
+        torch.testing.assert_close(logits, expected[name])
+    assert answers(model, {name: tensor[:0] for name, tensor in batch.items()}).shape == (2, 0, 11)
+    assert answers(model, {name: tensor[:, :0] for name, tensor in batch.items()}).shape == (2, len(got[0]), 0)
+
+
+def other_head(model):
+    model.qa_outputs = copy.deepcopy(model.qa_outputs)
+    model.qa_outputs.bias.data.add_(1)
+
+
+def other_bert(model):
+    model.bert = copy.deepcopy(model.bert)
+    model.bert.encoder.layer[0].up.bias.add_(1)
+
+
+#: Changes of the head, and of the model below it, after which one native call still is the answer.
+CHANGES_OF_HEADS = {
+    "in place": lambda model: model.qa_outputs.weight.data.mul_(2),
+    "a bias in place": lambda model: model.qa_outputs.bias.data.add_(1),
+    "replaced": lambda model: replace(model.qa_outputs, "weight"),
+    "other memory": lambda model: other_memory(model.qa_outputs.bias),
+    "swapped": lambda model: swapped(model.qa_outputs.weight),
+    "another head": other_head,
+    "another model": other_bert,
+    "a matrix": lambda model: model.bert.encoder.layer[0].up.weight.mul_(1.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_HEADS.values(), ids=CHANGES_OF_HEADS)
+def test_a_change_of_a_head_is_seen(change, taken):
+    model = answering()
+    model.requires_grad_(False)
+    batch = inputs(model.config, [5, 9, 1], 11)
+    before = answers(model, batch)
+    assert torch.equal(answers(model, batch), before)
+    assert taken[0] is taken[1]
+    change(model)
+    after = answers(model, batch)
+    assert not torch.equal(after, before)
+    assert len(taken) == 3
+    torch.testing.assert_close(after, answers_by_modules(model, batch))
+
+
+class Adapted(nn.Linear):
+    def forward(self, states):
+        return 2 * super().forward(states)
+
+
+def adapted(model, calls):
+    model.qa_outputs.__class__ = Adapted
+    calls.append("hook")
+
+
+def config_of(name, value, whose="bert"):
+    def change(model, calls):
+        owner = getattr(model, whose) if whose else model
+        owner.config = copy.deepcopy(owner.config)  # the model and its bert share one
+        setattr(owner.config, name, value)
+        calls.append("hook")
+
+    return change
+
+
+@pytest.mark.parametrize("established", [True, False], ids=["afterwards", "from the start"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(hooked(name) for name in ("bert", "qa_outputs", "bert.encoder", "bert.embeddings")),
+        *(overridden(name) for name in ("bert", "qa_outputs")),
+        *(with_other_hooks(name) for name in ("bert", "qa_outputs")),
+        *(of_another_class(name) for name in ("bert", "qa_outputs")),
+        adapted,
+        config_of("output_hidden_states", True),
+    ],
+)
+def test_whoever_wants_the_modules_of_a_head_gets_them(change, established, taken):
+    model, calls = answering(), []
+    batch = inputs(model.config, [5, 9, 1], 11)
+    if established:
+        answers(model, batch)
+        taken.clear()
+    change(model, calls)
+    got = answers(model, batch)
+    assert calls
+    assert not [shortcut for shortcut in taken if shortcut is model._shortcut]
+    assert torch.equal(got, answers_by_modules(model, batch))
+
+
+@pytest.mark.parametrize("whose", ["bert", ""])
+def test_configs_that_change(whose, taken):
+    """Options that a config sets are looked up in every forward."""
+    model = answering()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    answers(model, batch)
+    config_of("return_dict", False, whose)(model, [])
+    with torch.inference_mode():
+        output = model(**batch)
+    assert isinstance(output, tuple) == (whose == "")
+    assert len(output) == 2
+    config_of("return_dict", True, whose)(model, [])
+    model.bert.config._attn_implementation = "eager"  # else transformers refuses the next line
+    config_of("output_attentions", True)(model, [])
+    with torch.inference_mode():
+        assert len(model(**batch).attentions) == 2
+    config_of("output_attentions", False)(model, [])
+    config_of("output_hidden_states", True)(model, [])
+    with torch.inference_mode():
+        assert len(model(**batch).hidden_states) == 3
+        assert len(model.bert(**batch).hidden_states) == 3
+    config_of("output_hidden_states", False)(model, [])
+    answers(model, batch)
+    config_of("max_position_embeddings", 10)(model, [])
+    with pytest.raises(ValueError, match="expected at most 10 tokens"):
+        answers(model, batch)
+
+
+def test_what_a_head_is_not_asked_for_natively(taken):
+    model = answering()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    expected = answers(model, batch)
+    taken.clear()
+    marks = torch.tensor([1, 2, 0])
+    with torch.inference_mode():
+        assert model(**batch, start_positions=marks, end_positions=marks).loss > 0
+        assert len(model(**batch, return_dict=False)) == 2
+        assert len(model(**batch, output_attentions=True).attentions) == 2
+        places = model(*batch.values(), torch.arange(11)[None])  # what comes fourth is position_ids
+        torch.testing.assert_close(torch.stack([places.start_logits, places.end_logits]), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(**batch).start_logits.dtype == torch.bfloat16
+    assert not [shortcut for shortcut in taken if shortcut is model._shortcut]
+    model(**batch).start_logits.sum().backward()  # the head has a gradient
+    assert model.qa_outputs.weight.grad is not None
+
+
+def test_bad_input_is_refused_as_by_the_modules():
+    model = answering()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    answers(model, batch)
+    ids = batch["input_ids"]
+    for change, error, text in (
+        ({"input_ids": ids + 1000}, IndexError, r"input_ids: expected 0 to 60, got 10\d\d to 10\d\d"),
+        ({"input_ids": ids[0]}, ValueError, r"input_ids: expected \[batch, length\], got \[11\]"),
+        ({"attention_mask": torch.ones(3, 4)}, ValueError, r"attention_mask: expected \[3, 11\]"),
+        ({"input_ids": torch.zeros(1, 30, dtype=torch.int64)}, ValueError, "expected at most 24 tokens"),
+    ):
+        with pytest.raises(error, match=text):
+            answers(model, {"input_ids": ids, **change})
+    assert answers(model, batch).isfinite().all()
+
+
+def test_a_head_comes_and_goes_with_the_encoder(taken, tmp_path):
+    stock = tiny_bert("BertForQuestionAnswering")
+    kind, signature = type(stock), inspect.signature(stock.forward)
+    model = packedbert.patch_model(stock)
+    assert isinstance(model, kind)
+    assert type(model).__name__ == kind.__name__
+    assert inspect.signature(model.forward) == signature  # which the Trainer and pipelines read
+    batch = inputs(model.config, [5, 9, 1], 11)
+    expected = answers(model, batch)
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert one._shortcut is None
+        assert torch.equal(answers(one, batch), expected)
+    model.save_pretrained(tmp_path)
+    for loaded in (packedbert.load(tmp_path), kind.from_pretrained(tmp_path)):
+        taken.clear()
+        assert torch.equal(answers(loaded, batch), expected)
+        assert len(taken) == 1
+    packedbert.unpatch_model(model)
+    assert type(model) is kind
+    assert "_shortcut" not in vars(model)
+
+
+def test_a_released_cache_takes_its_weights_along():
+    model = answering()
+    batch = inputs(model.config, [5], 5)
+    answers(model, batch)
+    memory = weakref.ref(model.bert.encoder.cache.prepared)
+    model.bert.encoder.clear_cache()
+    gc.collect()
+    assert memory() is None
+    with pytest.raises(RuntimeError, match=r"key: expected one of prepare_bert, of an encoder that is there"):
+        torch.ops.packedbert.bert_prepared(batch["input_ids"], None, None, model._shortcut.key)
+
+
+# ------------------------------------------------------------------------------------------------- the check
+
+
+def test_are_same():
+    are_same = dispatch.NATIVE.are_same
+    value, other = object(), object()
+    owner = {"a": value, "none": None}
+    assert are_same([owner] * 3, ["a", "none", "absent"], [value, None, None])
+    assert not are_same([owner], ["a"], [other])
+    assert not are_same([owner], ["a"], [None])
+    assert not are_same([owner], ["absent"], [value])
+    assert not are_same([owner, owner], ["a", "a"], [value, other])
+    assert are_same([], [], [])
+    with pytest.raises(ValueError, match="are_same: expected lists of one length, got 1, 0 and 0"):
+        are_same([owner], [], [])
+    with pytest.raises(TypeError, match="unhashable"):
+        are_same([owner], [[]], [None])
+    with pytest.raises(TypeError):
+        are_same((owner,), ["a"], [value])
 
 
 # ------------------------------------------------------------------------------------------------- the output
@@ -497,7 +771,8 @@ def test_bert_prepared_says_what_does_not_fit():
 @pytest.mark.parametrize("pooled", [None, torch.zeros(1, 4)])
 def test_the_output_is_what_its_constructor_makes(pooled):
     values = {"last_hidden_state": torch.ones(1, 2, 4), "pooler_output": pooled, "hidden_states": None}
-    got, expected = modules._make_output(**values), BaseModelOutputWithPoolingAndCrossAttentions(**values)
+    kind = BaseModelOutputWithPoolingAndCrossAttentions
+    got, expected = make_output(kind, **values), kind(**values)
     assert type(got) is type(expected)
     assert vars(got) == vars(expected)
     assert list(got.items()) == list(expected.items())

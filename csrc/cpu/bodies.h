@@ -6,6 +6,7 @@
 #include "cpu/linear_body.h"
 #include "cpu/packed_linear_body.h"
 #include "cpu/embed_body.h"
+#include "cpu/head_body.h"
 #include "cpu/attention_body.h"
 #include "cpu/quantized_attention_body.h"
 #include "cpu/pruned_attention_body.h"

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/embed.h"
+#include "cpu/head.h"
 #include "cpu/isa.h"
 
 namespace packedbert::cpu {
@@ -124,6 +125,10 @@ void encoder(const Encoder& encoder, const EncoderPlan& plan, float* scratch, Pa
 
 void embed(const Embeddings& embeddings, ParallelFor parallel_for) {
   PACKEDBERT_CALL_FOR_ISA(active_isa(), embed, embeddings, parallel_for);
+}
+
+void head(const Head& head, ParallelFor parallel_for) {
+  PACKEDBERT_CALL_FOR_ISA(active_isa(), head, head, parallel_for);
 }
 
 void pruned_attention(const PrunedAttention& attention, ParallelFor parallel_for) {

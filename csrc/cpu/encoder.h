@@ -42,7 +42,7 @@ struct Encoder {
   float eps;
   const int64_t* rows;  // [batch.tokens]: the row of input and output that belongs to each token
   const float* input;   // [rows of the padded batch, hidden_size]
-  float* output;        // the same; rows that belong to no token are left alone
+  float* output;        // the same, and may be it; rows that belong to no token are left alone
 };
 
 // A layer's steps, at most (run_layer in encoder_body.h).

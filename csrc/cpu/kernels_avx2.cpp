@@ -8,6 +8,7 @@
 #include "cpu/attention.h"
 #include "cpu/embed.h"
 #include "cpu/encoder.h"
+#include "cpu/head.h"
 #include "cpu/packed_linear.h"
 #include "cpu/target_region.h"
 #include "packed_layout.h"
