@@ -12,8 +12,7 @@ Tensor prepack_linear_cpu(const Tensor& weight) {
   check_canonical(weight);
   const int64_t out_features = weight.size(0);
   const int64_t in_features = weight.size(1);
-  Tensor packed =
-      torch::stable::new_empty(weight, Shape{panel_count(out_features), in_features, kPanelWidth});
+  Tensor packed = empty_floats({panel_count(out_features), in_features, kPanelWidth});
   cpu::prepack_linear(weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1), out_features,
                       in_features, packed.mutable_data_ptr<float>(), cpu::torch_parallel_for);
   return packed;
@@ -35,8 +34,7 @@ Tensor packed_linear_cpu(const Tensor& input,
       check_linear(input, weight, bias, activation_name, residual, norm_name, norm_weight, norm_bias);
   const cpu::Matrix matrix = cpu::matrix_of(call.weight, call.out_features, call.in_features);
   const cpu::Isa isa = cpu::active_isa();
-  Tensor prepared_rows = torch::stable::new_empty(
-      input, Shape{cpu::prepared_rows_size(isa, matrix.quantized, call.rows, call.in_features)});
+  const Floats prepared_rows(cpu::prepared_rows_size(isa, matrix.quantized, call.rows, call.in_features));
   cpu::packed_linear(
       {
           .rows = call.rows,
@@ -47,7 +45,7 @@ Tensor packed_linear_cpu(const Tensor& input,
           .norm_weight = static_cast<const float*>(data_or_null(call.norm_weight)),
           .norm_bias = static_cast<const float*>(data_or_null(call.norm_bias)),
           .output = call.output.mutable_data_ptr<float>(),
-          .prepared_rows = prepared_rows.mutable_data_ptr<float>(),
+          .prepared_rows = prepared_rows.get(),
           .activation = call.activation,
           .norm = call.norm,
           .eps = static_cast<float>(eps),

@@ -114,8 +114,7 @@ Tensor embed_cpu(const Tensor& input_ids,
   const EmbeddingTables tables =
       take_tables(kEmbed, words, types, positions, norm, norm_weight, norm_bias, eps);
   check_ids(kEmbed, input_ids, tables);
-  Tensor output = torch::stable::new_empty(
-      words, Shape{input_ids.size(0), input_ids.size(1), tables.embeddings.hidden_size});
+  Tensor output = empty_floats({input_ids.size(0), input_ids.size(1), tables.embeddings.hidden_size});
   embed(kEmbed, tables, input_ids, token_type_ids, output.mutable_data_ptr<float>());
   return output;
 }
@@ -172,61 +171,77 @@ int64_t prepare_bert_cpu(const Tensor& words,
   return models().add(std::move(model));
 }
 
-Tensor bert_prepared_cpu(const Tensor& input_ids,
-                         const std::optional<Tensor>& token_type_ids,
-                         const std::optional<Tensor>& attention_mask,
-                         int64_t key) {
+// The last hidden states, of what is no token 0.
+Tensor run_without_head(const char* op,
+                        const EmbeddingTables& tables,
+                        const EncoderWeights& encoder,
+                        const RealTokens& tokens,
+                        const Tensor& input_ids,
+                        const std::optional<Tensor>& token_type_ids) {
+  const int64_t size = encoder.hidden_size;
+  Tensor output = empty_floats({input_ids.size(0), input_ids.size(1), size});
+  float* states = output.mutable_data_ptr<float>();
+  embed(op, tables, input_ids, token_type_ids, states);
+  run_encoder(encoder, tokens, states, states);
+  if (tokens.are_all()) return output;
+  int64_t row = 0;
+  const auto clear_up_to = [&](int64_t end) {
+    std::fill(states + row * size, states + end * size, 0.0f);
+    row = end + 1;
+  };
+  for (const int64_t real : tokens.rows) clear_up_to(real);
+  clear_up_to(input_ids.numel());
+  return output;
+}
+
+// What the head makes of the last hidden states, a tensor for each of its outputs.
+std::vector<Tensor> run_with_head(const char* op,
+                                  const BertWeights& model,
+                                  const EncoderWeights& encoder,
+                                  const RealTokens& tokens,
+                                  const Tensor& input_ids,
+                                  const std::optional<Tensor>& token_type_ids) {
+  const int64_t rows = input_ids.numel();
+  const float* bias = model.head[1].const_data_ptr<float>();
+  std::vector<Tensor> outputs;
+  std::vector<float*> places;
+  for (int64_t i = 0; i < model.head[1].size(0); ++i) {
+    outputs.push_back(empty_floats({input_ids.size(0), input_ids.size(1)}));
+    places.push_back(outputs.back().mutable_data_ptr<float>());
+    // The states of what is no token are 0.
+    if (!tokens.are_all()) std::fill_n(places.back(), rows, bias[i]);
+  }
+  const Floats states(rows * encoder.hidden_size);
+  embed(op, model.tables, input_ids, token_type_ids, states.get());
+  run_encoder(encoder, tokens, states.get(), states.get());
+  cpu::head(
+      {
+          .tokens = static_cast<int64_t>(tokens.rows.size()),
+          .rows = tokens.rows.data(),
+          .hidden_size = encoder.hidden_size,
+          .outputs = static_cast<int64_t>(outputs.size()),
+          .states = states.get(),
+          .weight = model.head[0].const_data_ptr<float>(),
+          .bias = bias,
+          .output = places.data(),
+      },
+      cpu::torch_parallel_for);
+  return outputs;
+}
+
+std::vector<Tensor> bert_prepared_cpu(const Tensor& input_ids,
+                                      const std::optional<Tensor>& token_type_ids,
+                                      const std::optional<Tensor>& attention_mask,
+                                      int64_t key) {
   const char* op = "bert_prepared";
   const std::shared_ptr<const BertWeights> model = models().find(key);
   const std::shared_ptr<const EncoderWeights> encoder = model ? model->encoder.lock() : nullptr;
   if (!encoder) fail(op, "key", "one of prepare_bert, of an encoder that is there", std::to_string(key));
   check_ids(op, input_ids, model->tables);
-  const int64_t sequences = input_ids.size(0);
-  const int64_t length = input_ids.size(1);
-  const int64_t padded_rows = sequences * length;
-  const int64_t hidden_size = encoder->hidden_size;
-  const RealTokens tokens(op, attention_mask, sequences, length, true);
-  const Tensor& like = model->tables.tensors[0];
-
-  if (model->head.empty()) {
-    Tensor output = torch::stable::new_empty(like, Shape{sequences, length, hidden_size});
-    float* states = output.mutable_data_ptr<float>();
-    embed(op, model->tables, input_ids, token_type_ids, states);
-    run_encoder(*encoder, tokens, states, states);
-    if (tokens.are_all()) return output;
-    int64_t row = 0;
-    const auto clear_up_to = [&](int64_t end) {
-      std::fill(states + row * hidden_size, states + end * hidden_size, 0.0f);
-      row = end + 1;
-    };
-    for (const int64_t real : tokens.rows) clear_up_to(real);
-    clear_up_to(padded_rows);
-    return output;
-  }
-
-  const Floats states(padded_rows * hidden_size);
-  embed(op, model->tables, input_ids, token_type_ids, states.get());
-  run_encoder(*encoder, tokens, states.get(), states.get());
-  const int64_t outputs = model->head[0].size(0);
-  Tensor output = torch::stable::new_empty(like, Shape{outputs, sequences, length});
-  const cpu::Head head{
-      .tokens = static_cast<int64_t>(tokens.rows.size()),
-      .rows = tokens.rows.data(),
-      .hidden_size = hidden_size,
-      .outputs = outputs,
-      .states = states.get(),
-      .weight = model->head[0].const_data_ptr<float>(),
-      .bias = model->head[1].const_data_ptr<float>(),
-      .output = output.mutable_data_ptr<float>(),
-      .padded_rows = padded_rows,
-  };
-  // The states of what is no token are 0.
-  if (!tokens.are_all()) {
-    for (int64_t i = 0; i < outputs; ++i)
-      std::fill_n(head.output + i * padded_rows, padded_rows, head.bias[i]);
-  }
-  cpu::head(head, cpu::torch_parallel_for);
-  return output;
+  const RealTokens tokens(op, attention_mask, input_ids.size(0), input_ids.size(1), true);
+  if (model->head.empty())
+    return {run_without_head(op, model->tables, *encoder, tokens, input_ids, token_type_ids)};
+  return run_with_head(op, *model, *encoder, tokens, input_ids, token_type_ids);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(packedbert, CPU, m) {

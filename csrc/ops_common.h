@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -140,6 +143,36 @@ inline void check_quantized(
     fail(op, argument, "at most " + std::to_string(kMaxQuantizedInputs) + " int8 inputs",
          std::to_string(in_features));
   }
+}
+
+// Scratch memory of one call, uninitialised, from a cache line on. From the C library, as torch's own is on
+// the CPU.
+class Floats {
+ public:
+  explicit Floats(int64_t size)
+      : memory_(std::aligned_alloc(kLineBytes, (size * sizeof(float) / kLineBytes + 1) * kLineBytes)) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  float* get() const { return static_cast<float*>(memory_.get()); }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  static constexpr size_t kLineBytes = 64;
+  std::unique_ptr<void, Free> memory_;
+};
+
+// A contiguous tensor of float32 on the CPU, uninitialised. Not by new_empty, which looks its op up by name
+// and goes through torch's dispatcher: that took 30 us after an encoder, when none of it is in the caches.
+inline Tensor empty_floats(const Shape& shape) {
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * (shape[i] > 0 ? shape[i] : 1);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), aoti_torch_dtype_float32(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 namespace cpu {

@@ -74,17 +74,17 @@ Tensor pruned_attention_cpu(const Tensor& qkv,
   const Tensor input = qkv.is_contiguous() ? qkv : torch::stable::contiguous(qkv);
   const int64_t of_keys =
       quantized ? cpu::quantized_keys_values_size(batch.view(), heads) : cpu::keys_size(batch.view(), heads);
-  Tensor keys = torch::stable::new_empty(qkv, Shape{of_keys});
-  Tensor values = torch::stable::new_empty(qkv, Shape{quantized ? 0 : cpu::values_size(batch.view(), heads)});
-  Tensor output = torch::stable::new_empty(qkv, Shape{tokens, heads.width()});
+  const Floats keys(of_keys);
+  const Floats values(quantized ? 0 : cpu::values_size(batch.view(), heads));
+  Tensor output = empty_floats({tokens, heads.width()});
   cpu::pruned_attention(
       {
           .batch = batch.view(),
           .heads = heads,
           .quantized = quantized,
           .qkv = input.const_data_ptr<float>(),
-          .keys = keys.mutable_data_ptr<float>(),
-          .values = values.mutable_data_ptr<float>(),
+          .keys = keys.get(),
+          .values = values.get(),
           .output = output.mutable_data_ptr<float>(),
       },
       cpu::torch_parallel_for);
@@ -192,9 +192,10 @@ Tensor run_encoder(const char* op,
   const RealTokens tokens(op, attention_mask, hidden_states.size(0), hidden_states.size(1));
   const Tensor input =
       hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
-  Tensor output = tokens.are_all() ? torch::stable::new_empty(input, shape_of(input))
-                                   : torch::stable::new_zeros(input, shape_of(input));
-  run_encoder(weights, tokens, input.const_data_ptr<float>(), output.mutable_data_ptr<float>());
+  Tensor output = empty_floats(shape_of(input));
+  float* states = output.mutable_data_ptr<float>();
+  if (!tokens.are_all()) std::fill_n(states, input.numel(), 0.0f);
+  run_encoder(weights, tokens, input.const_data_ptr<float>(), states);
   return output;
 }
 
@@ -284,8 +285,21 @@ STABLE_TORCH_LIBRARY_IMPL(packedbert, CPU, m) {
 
 }  // namespace
 
+namespace {
+
+// What is not 0 in a mask of numbers.
+template <typename Number>
+std::unique_ptr<bool[]> where_not_zero(const Tensor& mask) {
+  std::unique_ptr<bool[]> real(new bool[mask.numel()]);
+  const Number* from = mask.const_data_ptr<Number>();
+  std::transform(from, from + mask.numel(), real.get(), [](Number x) { return x != 0; });
+  return real;
+}
+
+}  // namespace
+
 RealTokens::RealTokens(
-    const char* op, const std::optional<Tensor>& mask, int64_t sequences, int64_t length, bool integers)
+    const char* op, const std::optional<Tensor>& mask, int64_t sequences, int64_t length, bool numbers)
     : batch(cpu::RaggedBatch({0})), padded_(sequences * length) {
   if (!mask) {
     batch = cpu::RaggedBatch::from_mask(nullptr, sequences, length, &rows);
@@ -293,20 +307,22 @@ RealTokens::RealTokens(
   }
   const Shape shape{sequences, length};
   if (!mask->is_cpu()) fail(op, "attention_mask", "a tensor on cpu", device_of(*mask));
-  const bool integer = integers && mask->scalar_type() == ScalarType::Long;
-  if (!integer && mask->scalar_type() != ScalarType::Bool)
-    fail(op, "attention_mask", integers ? "bool or int64" : "bool", to_string(mask->scalar_type()));
   if (shape_of(*mask) != shape)
     fail(op, "attention_mask", to_string(shape) + " or None", to_string(shape_of(*mask)));
   const Tensor contiguous = mask->is_contiguous() ? *mask : torch::stable::contiguous(*mask);
-  if (!integer) {
-    batch = cpu::RaggedBatch::from_mask(contiguous.const_data_ptr<bool>(), sequences, length, &rows);
-    return;
+  const ScalarType type = mask->scalar_type();
+  std::unique_ptr<bool[]> real;
+  if (numbers && type == ScalarType::Long) {
+    real = where_not_zero<int64_t>(contiguous);
+  } else if (numbers && type == ScalarType::Int) {
+    real = where_not_zero<int32_t>(contiguous);
+  } else if (numbers && type == ScalarType::Float) {
+    real = where_not_zero<float>(contiguous);
+  } else if (type != ScalarType::Bool) {
+    fail(op, "attention_mask", numbers ? "bool, int64, int32 or float32" : "bool", to_string(type));
   }
-  const int64_t* from = contiguous.const_data_ptr<int64_t>();
-  const std::unique_ptr<bool[]> real(new bool[padded_]);
-  std::transform(from, from + padded_, real.get(), [](int64_t x) { return x != 0; });
-  batch = cpu::RaggedBatch::from_mask(real.get(), sequences, length, &rows);
+  batch = cpu::RaggedBatch::from_mask(real ? real.get() : contiguous.const_data_ptr<bool>(), sequences,
+                                      length, &rows);
 }
 
 void run_encoder(const EncoderWeights& weights, const RealTokens& tokens, const float* input, float* output) {

@@ -1,11 +1,9 @@
 // What the ops of the encoder and those of a whole model share.
 #pragma once
 
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <random>
 #include <utility>
 #include <vector>
@@ -15,24 +13,6 @@
 #include "ops_common.h"
 
 namespace packedbert {
-
-// Uninitialised floats for one call, from a cache line on. From the C library, as torch's own are, but
-// without a way through its dispatcher.
-class Floats {
- public:
-  explicit Floats(int64_t size)
-      : memory_(std::aligned_alloc(kLineBytes, (size * sizeof(float) / kLineBytes + 1) * kLineBytes)) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  float* get() const { return static_cast<float*>(memory_.get()); }
-
- private:
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  static constexpr size_t kLineBytes = 64;
-  std::unique_ptr<void, Free> memory_;
-};
 
 // Things that Python holds by a number. To be made with `new` and never destroyed: at the end of a process
 // nobody knows whether torch, whose tensors they hold, is still there.
@@ -84,12 +64,12 @@ struct RealTokens {
   cpu::RaggedBatch batch;
   std::vector<int64_t> rows;  // of each token in the padded batch
 
-  // mask: [sequences, length], true or (where `integers` are allowed) not 0 for real tokens; none: all are.
+  // mask: [sequences, length], true or (where `numbers` are allowed) not 0 for real tokens; none: all are.
   RealTokens(const char* op,
              const std::optional<Tensor>& mask,
              int64_t sequences,
              int64_t length,
-             bool integers = false);
+             bool numbers = false);
   bool are_all() const { return static_cast<int64_t>(rows.size()) == padded_; }
 
  private:

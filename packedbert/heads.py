@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import BertForQuestionAnswering
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
+from . import shortcut
 from .modules import PackedBertModel, PackedEncoder, make_output
 from .shortcut import Shortcut
 
@@ -36,10 +37,10 @@ class PackedBertForQuestionAnswering(BertForQuestionAnswering):
         **kwargs: Any,
     ) -> Any:
         """As BertForQuestionAnswering.forward; see there, and PackedBertModel.forward for what differs."""
-        if input_ids is not None and not args and not kwargs and isinstance(self.bert, PackedBertModel):
-            logits = self.bert.run_natively(self, input_ids, token_type_ids, attention_mask)
+        if input_ids is not None and not args and not kwargs:
+            logits = shortcut.run(self, input_ids, token_type_ids, attention_mask)
             if logits is not None:
-                start, end = logits.unbind(0)
+                start, end = logits
                 return make_output(QuestionAnsweringModelOutput, start_logits=start, end_logits=end)
         return super().forward(input_ids, attention_mask, token_type_ids, *args, **kwargs)
 

@@ -277,8 +277,9 @@ class PackedBertModel(BertModel):
             IndexError: an id outside its embedding table (on the CPU).
         """
         if input_ids is not None and position_ids is None and inputs_embeds is None and _are_defaults(kwargs):
-            last = self.run_natively(self, input_ids, token_type_ids, attention_mask)
-            if last is not None:
+            result = shortcut.run(self, input_ids, token_type_ids, attention_mask)
+            if result is not None:
+                (last,) = result
                 return make_output(_OUTPUT, last_hidden_state=last, pooler_output=self._pool(last))
         config = self.config
         return_dict = _option(kwargs, "return_dict", config)
@@ -301,8 +302,8 @@ class PackedBertModel(BertModel):
         if every_layer is not None:
             every_layer.append(embedded)
         last = self.encoder(embedded, attention_mask, every_layer, attentions).last_hidden_state
-        output = make_output(
-            _OUTPUT,
+        make = _OUTPUT if torch.compiler.is_compiling() else functools.partial(make_output, _OUTPUT)
+        output = make(
             last_hidden_state=last,
             pooler_output=self._pool(last),
             hidden_states=None if every_layer is None else _selected(every_layer, output_hidden_states),
@@ -316,17 +317,6 @@ class PackedBertModel(BertModel):
     def find_shortcut(self) -> Shortcut | None:
         """What `shortcut.run` runs this model by; None where it can't."""
         return Shortcut.of(self, self) if type(self.encoder) is PackedEncoder else None
-
-    def run_natively(
-        self, model: nn.Module, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None
-    ) -> Tensor | None:
-        """`shortcut.run`, for this model or one that has a head on it, with errors that say what to do."""
-        try:
-            return shortcut.run(model, input_ids, token_type_ids, attention_mask)
-        except (IndexError, RuntimeError) as error:
-            _check_inputs(input_ids, None, attention_mask, self.config.max_position_embeddings)
-            self._refuse_bad_ids(error, input_ids, token_type_ids, None)
-            raise
 
     def _embed(
         self,
@@ -386,9 +376,10 @@ _OUTPUT = BaseModelOutputWithPoolingAndCrossAttentions
 
 
 def make_output(kind: Any, **values: Any) -> Any:
-    """kind(**values), whose constructor asks for all fields at every attribute: 0.04 ms. Fields left out are None."""
-    if torch.compiler.is_compiling():
-        return kind(**values)
+    """kind(**values), whose constructor asks for all fields at every attribute: 0.04 ms. Fields left out are None.
+
+    torch.compile takes the constructor itself only.
+    """
     output = kind.__new__(kind)
     output.__dict__.update(_fields(kind), **values)
     for name, value in values.items():

@@ -51,7 +51,7 @@ _SCHEMAS.define(
     "prepare_bert(Tensor words, Tensor types, Tensor positions, str norm, Tensor norm_weight, Tensor norm_bias, "
     "float eps, int encoder, Tensor? head_weight, Tensor? head_bias) -> int"
 )
-_SCHEMAS.define("bert_prepared(Tensor input_ids, Tensor? token_type_ids, Tensor? attention_mask, int key) -> Tensor")
+_SCHEMAS.define("bert_prepared(Tensor input_ids, Tensor? token_type_ids, Tensor? attention_mask, int key) -> Tensor[]")
 _SCHEMAS.define(
     "encoder(Tensor hidden_states, Tensor? attention_mask, Tensor[] weights, int[] num_heads, "
     "str activation, str norm, float eps, str attention, str backend, int cache) -> Tensor"

@@ -199,7 +199,9 @@ class Shortcut:
         return prepared
 
 
-def run(model: Any, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+def run(
+    model: Any, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None
+) -> list[Tensor] | None:
     """A model's forward in one native call, with options as its config has them.
 
     Args:
@@ -208,24 +210,16 @@ def run(model: Any, input_ids: Tensor, token_type_ids: Tensor | None, attention_
         token_type_ids: the same, or None.
         attention_mask: [batch, length], or None.
 
-    Returns: the last hidden states [batch, length, hidden_size], or what the model's head makes of them, output by
-        output: [outputs, batch, length]. None where the modules would do something else.
-
-    Raises:
-        RuntimeError: inputs that don't fit.
+    Returns: the last hidden states [batch, length, hidden_size]; or, of a model with a head, each of its outputs,
+        [batch, length]. None where the modules would do something else, or have to say what is wrong with the inputs.
     """
     if ops.is_recorded() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.vmap: tensors without an address
         return None
-    for ids in (input_ids, token_type_ids):
-        if ids is not None and (type(ids) is not Tensor or ids.dtype != torch.int64 or not ids.is_cpu):
+    for tensor in (input_ids, token_type_ids, attention_mask):
+        if tensor is not None and type(tensor) is not Tensor:
             return None
-    if attention_mask is not None:
-        if type(attention_mask) is not Tensor or attention_mask.dim() != 2 or not attention_mask.is_cpu:
-            return None
-        if attention_mask.dtype not in (torch.int64, torch.bool):
-            attention_mask = attention_mask != 0
     shortcut: Shortcut | None = model._shortcut
     held = None if shortcut is None else shortcut.current(model)
     if held is None:
@@ -233,7 +227,10 @@ def run(model: Any, input_ids: Tensor, token_type_ids: Tensor | None, attention_
         held = None if shortcut is None else shortcut.current(model)
     if shortcut is None or held is None:
         return None
-    return torch.ops.packedbert.bert_prepared(input_ids, token_type_ids, attention_mask, shortcut.key)
+    try:
+        return torch.ops.packedbert.bert_prepared(input_ids, token_type_ids, attention_mask, shortcut.key)
+    except RuntimeError:
+        return None
 
 
 def _asks_for_nothing(model: Any, bert: Any, embed: EmbedArguments) -> bool:

@@ -21,9 +21,9 @@ def test_exactness_measures_the_kernels(monkeypatch):
     stored = bench.build_stock(TINY, stored=True)
     right = bench.exactness(models.patched, stored, batch)
     assert max(right) < 1e-5
-    for owner, name in ((ops, "encoder"), (shortcut, "run")):
-        kernel = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *arguments, kernel=kernel: 1.1 * kernel(*arguments))
+    run, encoder = shortcut.run, ops.encoder
+    monkeypatch.setattr(ops, "encoder", lambda *arguments: 1.1 * encoder(*arguments))
+    monkeypatch.setattr(shortcut, "run", lambda *arguments: (found := run(*arguments)) and [1.1 * x for x in found])
     wrong = bench.exactness(models.patched, stored, batch)
     assert min(wrong) > 1e-2
 

@@ -23,7 +23,7 @@ void head_tokens(const void* context, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     const int64_t row = h.rows[token];
     for (int64_t i = 0; i < h.outputs; ++i) {
-      h.output[i * h.padded_rows + row] =
+      h.output[i][row] =
           dot_product(h.states + row * h.hidden_size, h.weight + i * h.hidden_size, h.hidden_size) +
           h.bias[i];
     }
