@@ -120,17 +120,17 @@ def floor_table(rows: list[Row]) -> str:
     if cell is None:
         return ""
     lines = [
-        f"| {cell[0]}, {cell[1]}, cold caches | packedbert | around the encoder | reading its weights | the two |",
+        f"| {cell[0]}, {cell[1]}, cold caches | packedbert | calling the model | reading its weights | the two |",
         "|---|---|---|---|---|",
     ]
-    (around,) = milliseconds(rows, "floor", "cold", "any")[cell].values()
+    (calling,) = milliseconds(rows, "floor", "cold", "any")[cell].values()
     for precision in ("fp32", "int8"):
         ours = milliseconds(rows, "packed", "cold", precision)[cell][OURS]
         (reading,) = milliseconds(rows, "floor", "cold", precision)[cell].values()
         to_l = over_l(rows, cell, OURS, "cold", precision) / ours
         lines.append(
-            f"| {precision} | {ours:.2f} ms, {ours * to_l:.2f} L | {around:.2f} ms | {reading:.2f} ms "
-            f"| {(around + reading) * to_l:.2f} L |"
+            f"| {precision} | {ours:.2f} ms, {ours * to_l:.2f} L | {calling:.2f} ms | {reading:.2f} ms "
+            f"| {(calling + reading) * to_l:.2f} L |"
         )
     return "\n".join(lines)
 
