@@ -8,7 +8,7 @@ from transformers import BertForQuestionAnswering
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from . import shortcut
-from .modules import PackedBertModel, PackedEncoder, make_output
+from .modules import PackedBertModel, PackedEncoder, are_defaults, make_output
 from .shortcut import Shortcut
 
 
@@ -25,7 +25,7 @@ class PackedBertForQuestionAnswering(BertForQuestionAnswering):
         bert: Any = self.bert
         if type(bert) is not PackedBertModel or type(bert.encoder) is not PackedEncoder:
             return None
-        return Shortcut.of(bert, self, "qa_outputs") if self.qa_outputs.weight.shape[0] == 2 else None
+        return Shortcut.of(bert, self, "qa_outputs")
 
     @functools.wraps(BertForQuestionAnswering.forward)
     def forward(
@@ -37,7 +37,7 @@ class PackedBertForQuestionAnswering(BertForQuestionAnswering):
         **kwargs: Any,
     ) -> Any:
         """As BertForQuestionAnswering.forward; see there, and PackedBertModel.forward for what differs."""
-        if input_ids is not None and not args and not kwargs:
+        if input_ids is not None and not args and are_defaults(kwargs):
             logits = shortcut.run(self, input_ids, token_type_ids, attention_mask)
             if logits is not None:
                 start, end = logits

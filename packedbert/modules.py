@@ -276,7 +276,7 @@ class PackedBertModel(BertModel):
             ValueError: shapes, lengths or arguments that don't fit.
             IndexError: an id outside its embedding table (on the CPU).
         """
-        if input_ids is not None and position_ids is None and inputs_embeds is None and _are_defaults(kwargs):
+        if input_ids is not None and position_ids is None and inputs_embeds is None and are_defaults(kwargs):
             result = shortcut.run(self, input_ids, token_type_ids, attention_mask)
             if result is not None:
                 (last,) = result
@@ -418,9 +418,15 @@ PackedBertModel.__name__ = BertModel.__name__
 _IGNORED = {"cache_position", "num_items_in_batch", "use_cache"}
 
 
-def _are_defaults(kwargs: dict[str, Any]) -> bool:
-    """Whether a forward's options ask for nothing beyond what its config does. Heads ask for what is the default."""
-    return not kwargs or (len(kwargs) == 1 and kwargs.get("return_dict") is True)
+def are_defaults(options: dict[str, Any]) -> bool:
+    """Whether a forward's options ask for nothing beyond what its config does."""
+    return all(
+        value is None
+        or name in _IGNORED
+        or (name == "return_dict" and value is True)
+        or (name in ("output_attentions", "output_hidden_states") and value is False)
+        for name, value in options.items()
+    )
 
 
 def _option(kwargs: dict[str, Any], name: str, config: Any) -> Any:

@@ -6,6 +6,7 @@ Python they took longer than a layer of a short sentence. A `Shortcut` is what o
 it with what there is now, in loops that run in C.
 """
 
+import operator
 import os
 import weakref
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from . import dispatch, ops
@@ -28,12 +30,21 @@ _OPTIONS = {"return_dict": True, "output_attentions": False, "output_hidden_stat
 _OPTION_ATTRIBUTES = (*_OPTIONS, "_output_attentions", "max_position_embeddings")
 
 
+_FORWARD = operator.attrgetter("forward")
+
+#: What these classes do, as long as nobody has given them another forward.
+_FORWARDS = {kind: kind.forward for kind in (BertEmbeddings, nn.Embedding, nn.LayerNorm, nn.Linear)}
+
+
 def are_plain(modules: Sequence[nn.Module]) -> bool:
-    """Whether calling each is calling its class's forward and nothing else."""
+    """Whether calling each is calling the forward that its class came with and nothing else."""
     if nn.modules.module._has_any_global_hook():
         return False
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+        kind = type(module)
+        if kind.forward is not _FORWARDS.get(kind, kind.forward):
             return False
     return True
 
@@ -78,88 +89,78 @@ class Shortcut:
     """A patched BertModel, embeddings and encoder, and perhaps an output layer as one op, for the model to keep.
 
     A copy of it is None: what it watches belongs to one model. It keeps the model's parameters and modules alive until
-    the model makes another one, but nothing that its encoder's cache has forgotten.
+    the model makes another one, but nothing that its encoder's cache has forgotten. It does not refer to the model, so
+    that there is no cycle.
 
     Args:
         bert: a PackedBertModel.
         model: that, or a model that consists of it, as `bert`, and an output layer.
-        head: the name of that layer, an nn.Linear with a bias.
+        head: the name of that layer.
     """
 
-    def __init__(self, bert: Any, model: nn.Module, head: str | None = None) -> None:
+    def __init__(self, bert: Any, model: Any, head: str | None = None) -> None:
         # Before anything is made of it: what another thread changes meanwhile is a change.
         self._isa = dispatch.cpu_isa()
-        self._modules = model._modules
+        self._modules, self._config = model._modules, model.config
         self._owners: list[dict[Any, Any]] = []
         self._names: list[Any] = []
         self._values: list[Any] = []
         embeddings, encoder = bert.embeddings, bert.encoder
-        parts = _parts(embeddings)
+        inside = [embeddings, *embeddings.modules(), *encoder.modules()]
         # Modules whose calls this one replaces.
-        self._called = called = [embeddings, *parts, encoder]
-        output: Any = None
+        self._called = called = [embeddings, *_parts(embeddings), encoder]
         if head is not None:
-            output = model._modules[head]
-            called += [bert, output]
+            called += [bert, model._modules[head]]
+            inside.append(model._modules[head])
             self._watch(model._modules, "bert", head)
-            self._watch(output._parameters, "weight", "bias")
+            self._watch(bert.__dict__, "_modules", "config")
         self._classes = list(map(type, called))
+        self._forwards = list(map(_FORWARD, self._classes))
         self._hooks = [hooks for module in called for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._watch(bert._modules, "embeddings", "encoder")
-        for module in (*embeddings.modules(), *encoder.modules()):
+        for module in inside:
+            self._watch(module.__dict__, "_modules", "_parameters")
             self._watch(module._modules, *module._modules)
             self._watch(module._parameters, *module._parameters)
         for module in called:
             self._watch(module.__dict__, "forward", "_forward_hooks", "_forward_pre_hooks")
-        for part in parts:
+        for part in _parts(embeddings):
             self._watch(part.__dict__, "max_norm", "eps")
         self._watch(encoder.__dict__, "structure", "backend", "attention", "cache", "_prepacked")
-        for owner in (bert,) if model is bert else (bert, model):
-            self._watch(owner.__dict__, "_modules", "config")
-            self._watch(owner.config.__dict__, *_OPTION_ATTRIBUTES)
+        for config in (bert.config, model.config):
+            self._watch(config.__dict__, *_OPTION_ATTRIBUTES)
         self._watch(os.environ._data, *map(os.environ.encodekey, dispatch.VARIABLES))  # type: ignore[attr-defined]
+        # Of what may get more items.
+        self._growing = [owner for module in inside for owner in (module._modules, module._parameters)]
+        self._lengths = list(map(len, self._growing))
 
         self._cache: PrepackCache = encoder.cache
         self._encoder_key = 0
         #: Of the op `bert_prepared`; None: the modules would do something else.
         self.key: int | None = None
+        self._weights = _weights_of(bert, model, head) or []
         # They change with dtype and device, which `Module.to` writes into the same parameters.
-        self._weights: list[Tensor] = []
-        self._addresses: list[int] = []
-        embed = EmbedArguments.of(bert)
-        if embed is not None and are_plain(called) and _asks_for_nothing(model, bert, embed):
-            self._weights = embed.weights()
-            if output is not None:
-                self._weights += [output.weight, output.bias]
-            self._addresses = list(map(address_of, self._weights))
-            self._prepare(encoder, embed)
+        self._addresses, self._shapes = list(map(address_of, self._weights)), _shapes(self._weights)
+        if self._weights:
+            self._prepare(bert)
 
     @classmethod
-    def of(cls, bert: Any, model: nn.Module, head: str | None = None) -> "Shortcut | None":
+    def of(cls, bert: Any, model: Any, head: str | None = None) -> "Shortcut | None":
         """The model's; None where its modules would do something else, or native kernels do not run here."""
-        modules = [bert.embeddings, bert.encoder]
-        if head is not None:
-            output: Any = model._modules[head]
-            if type(output) is not nn.Linear or output.bias is None:
-                return None
-            modules += [bert, output]
-        if type(bert.embeddings) is not BertEmbeddings or not are_plain(modules):
+        if _weights_of(bert, model, head) is None:  # far cheaper than to find out on the way
             return None
         shortcut = cls(bert, model, head)
         return None if shortcut.key is None else shortcut
 
-    def _watch(self, owner: dict[str, Any], *names: Any) -> None:
+    def _watch(self, owner: dict[Any, Any], *names: Any) -> None:
         """Items of a dictionary that have to stay the same objects, or absent."""
         self._owners += [owner] * len(names)
         self._names += names
         self._values += [owner.get(name) for name in names]
 
-    def _prepare(self, encoder: Any, embed: EmbedArguments) -> None:
-        for weight in self._weights:
-            if weight.dtype != torch.float32 or not weight.is_cpu or not weight.is_contiguous():
-                return
-        prepared = encoder.prepared()
-        if prepared is None:
+    def _prepare(self, bert: Any) -> None:
+        embed, prepared = EmbedArguments.of(bert), bert.encoder.prepared()
+        if embed is None or prepared is None:
             return
         # Tensors that nobody else has, so that the model's own can be swapped (torch.utils.swap_tensors). They own the
         # storage, so that no address comes back as another weight's.
@@ -187,10 +188,14 @@ class Shortcut:
             prepared is None
             or prepared.key != self._encoder_key
             or model._modules is not self._modules
+            or model.__dict__.get("config") is not self._config
             or not dispatch.NATIVE.are_same(self._owners, self._names, self._values)
             or any(self._hooks)
+            or list(map(len, self._growing)) != self._lengths
             or list(map(type, self._called)) != self._classes
-            or self._addresses != list(map(address_of, self._weights))
+            or list(map(_FORWARD, self._classes)) != self._forwards
+            or list(map(address_of, self._weights)) != self._addresses
+            or _shapes(self._weights) != self._shapes
             or not prepared.is_current()
             or nn.modules.module._has_any_global_hook()
             or dispatch.cpu_isa() != self._isa
@@ -215,11 +220,16 @@ def run(
     """
     if ops.is_recorded() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
+    if forward_ad._current_level >= 0:  # which no_grad leaves on
+        return None
     if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.vmap: tensors without an address
         return None
     for tensor in (input_ids, token_type_ids, attention_mask):
         if tensor is not None and type(tensor) is not Tensor:
             return None
+    # The op would refuse them too, but these are not rare, and an exception costs more.
+    if input_ids.dtype != torch.int64 or (attention_mask is not None and attention_mask.dim() != 2):
+        return None
     shortcut: Shortcut | None = model._shortcut
     held = None if shortcut is None else shortcut.current(model)
     if held is None:
@@ -233,10 +243,39 @@ def run(
         return None
 
 
-def _asks_for_nothing(model: Any, bert: Any, embed: EmbedArguments) -> bool:
-    """Whether the configs leave a forward's options as a Shortcut has them, and the op refuses what is too long."""
-    plain = all(getattr(owner.config, name) is value for owner in (model, bert) for name, value in _OPTIONS.items())
-    return plain and embed.positions.shape[0] <= bert.config.max_position_embeddings
+def _weights_of(bert: Any, model: Any, head: str | None) -> list[Tensor] | None:
+    """What `Shortcut` hands over beside the encoder; None where the modules would do something else than the op."""
+    embed = EmbedArguments.of(bert)
+    if embed is None or not are_plain([bert.encoder]):
+        return None
+    weights = embed.weights()
+    hidden_size = bert.config.hidden_size
+    if head is not None:
+        output = model._modules.get(head)
+        if type(output) is not nn.Linear or not are_plain([bert, output]):
+            return None
+        weight, bias = output._parameters.get("weight"), output._parameters.get("bias")
+        if weight is None or bias is None or bias.dim() != 1 or weight.shape != (len(bias), hidden_size):
+            return None
+        weights += [weight, bias]
+    if any(getattr(owner.config, name) is not value for owner in (bert, model) for name, value in _OPTIONS.items()):
+        return None
+    if embed.positions.shape[0] > bert.config.max_position_embeddings:  # the op refuses what is longer than the table
+        return None
+    return weights if all(map(_is_readable, weights)) else None
+
+
+def _is_readable(weight: Tensor) -> bool:
+    """Whether native code finds there what the tensor says."""
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype == torch.float32 and weight.is_cpu
+    if not plain or not weight.is_contiguous():
+        return False
+    end = weight.storage_offset() + weight.numel()
+    return end * weight.element_size() <= weight.untyped_storage().nbytes()
+
+
+def _shapes(weights: list[Tensor]) -> list[Any]:
+    return [*map(Tensor.size, weights), *map(Tensor.stride, weights)]
 
 
 def _parts(embeddings: nn.Module) -> list[Any]:

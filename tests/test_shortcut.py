@@ -15,6 +15,7 @@ import pytest
 import torch
 from models import inputs, prune, some_pruning, tiny_bert, tiny_config
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import identity
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -416,6 +417,14 @@ def test_nothing_outlives_the_model():
         assert memory[1]() is None
         del model
         assert memory[0]() is None
+        for make in (packed, answering):  # what it holds goes with it
+            model = make()
+            with torch.inference_mode():
+                model(**inputs(model.config, [5]))
+            assert model._shortcut is not None
+            weights = [weakref.ref(weight) for weight in model.parameters()]
+            del model
+            assert not any(weight() is not None for weight in weights)
     finally:
         gc.enable()
 
@@ -573,6 +582,135 @@ def other_bert(model):
     model.bert.encoder.layer[0].up.bias.add_(1)
 
 
+def as_attribute(model):
+    bias = model.qa_outputs.bias.detach() + 1
+    del model.qa_outputs.bias
+    model.qa_outputs.bias = bias
+
+
+def as_buffer(model):
+    bias = model.qa_outputs.bias.detach() + 1
+    del model.qa_outputs.bias
+    model.qa_outputs.register_buffer("bias", bias)
+
+
+def another_kind_of_head(model):
+    model.qa_outputs = nn.Sequential(nn.ReLU(), model.qa_outputs).eval()
+
+
+def broadcast_bias(model):
+    model.qa_outputs.bias = nn.Parameter(torch.ones(1), requires_grad=False)
+
+
+def strided_bias(model):
+    model.qa_outputs.bias.data = model.qa_outputs.bias.data[:1].expand(2)  # where it was
+
+
+def other_parameters(model):
+    norm = model.bert.embeddings.LayerNorm
+    norm._parameters = {name: nn.Parameter(2 * old.detach()) for name, old in norm._parameters.items()}
+
+
+class Doubling(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        result = super().__torch_function__(function, types, arguments, options or {})
+        return result.as_subclass(torch.Tensor) * 2 if function is nn.functional.linear else result
+
+
+def of_a_subclass(model):
+    weight = model.qa_outputs.weight.detach().as_subclass(Doubling)
+    del model.qa_outputs.weight
+    model.qa_outputs._parameters["weight"] = weight
+
+
+#: Changes after which the modules are asked.
+UNUSUAL_HEADS = [as_attribute, as_buffer, another_kind_of_head, broadcast_bias, strided_bias, of_a_subclass]
+
+
+@pytest.mark.parametrize("established", [True, False], ids=["afterwards", "from the start"])
+@pytest.mark.parametrize("change", [*UNUSUAL_HEADS, other_parameters])
+def test_unusual_heads(change, established, taken):
+    model = answering()
+    model.requires_grad_(False)
+    batch = inputs(model.config, [5, 9, 1], 11)
+    before = answers(model, batch) if established else None
+    taken.clear()
+    change(model)
+    after = answers(model, batch)
+    assert before is None or not torch.equal(after, before)
+    assert (model._shortcut in taken) == (change is other_parameters)
+    torch.testing.assert_close(after, answers_by_modules(model, batch))
+
+
+def test_memory_that_is_gone():
+    model = answering()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    answers(model, batch)
+    model.qa_outputs.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="out of bounds for storage"):
+        answers(model, batch)
+
+
+def test_a_table_that_is_shorter_where_it_was():
+    model = packed()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    run(model, batch)
+    table = model.embeddings.word_embeddings
+    table.weight.data = table.weight.data[:2]
+    with pytest.raises((IndexError, RuntimeError)):
+        run(model, batch)
+
+
+def test_a_layer_more_is_refused_as_by_the_modules():
+    model = packed()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    run(model, batch)
+    model.encoder.layer.append(copy.deepcopy(model.encoder.layer[0]))
+    with pytest.raises((ValueError, RuntimeError), match="expected 24 tensors for 2 layers, got 36"):
+        run(model, batch)
+
+
+@pytest.mark.parametrize("make", [packed, answering])
+def test_a_shallow_copy_has_its_own_config(make):
+    model = make()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    with torch.inference_mode():
+        model(**batch)
+        other = copy.copy(model)
+        other.config = copy.deepcopy(model.config)
+        other.config.return_dict = False
+        assert type(other(**batch)) is tuple
+        assert type(model(**batch)) is not tuple
+
+
+def test_tangents_of_a_head():
+    model = answering()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    answers(model, batch)
+    weight = model.qa_outputs.weight.detach()
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = {"qa_outputs.weight": forward_ad.make_dual(weight, torch.ones_like(weight))}
+        output = torch.func.functional_call(model, dual, kwargs=batch)
+        assert forward_ad.unpack_dual(output.start_logits).tangent is not None
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding, nn.LayerNorm])
+@pytest.mark.parametrize("established", [True, False])
+def test_classes_with_another_forward(kind, established, monkeypatch, taken):
+    """As those who inject adapters give them."""
+    model = answering()
+    batch = inputs(model.config, [5, 9, 1], 11)
+    if established:
+        answers(model, batch)
+        taken.clear()
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * forward(self, x))
+    got = answers(model, batch)
+    assert model._shortcut not in taken
+    assert torch.equal(got, answers_by_modules(model, batch))
+
+
 #: Changes of the head, and of the model below it, after which one native call still is the answer.
 CHANGES_OF_HEADS = {
     "in place": lambda model: model.qa_outputs.weight.data.mul_(2),
@@ -683,12 +821,16 @@ def test_what_a_head_is_not_asked_for_natively(taken):
     with torch.inference_mode():
         assert model(**batch, start_positions=marks, end_positions=marks).loss > 0
         assert len(model(**batch, return_dict=False)) == 2
+        model(**{**batch, "input_ids": batch["input_ids"].int()})
         assert len(model(**batch, output_attentions=True).attentions) == 2
         places = model(*batch.values(), torch.arange(11)[None])  # what comes fourth is position_ids
         torch.testing.assert_close(torch.stack([places.start_logits, places.end_logits]), expected)
         with torch.autocast("cpu", torch.bfloat16):
             assert model(**batch).start_logits.dtype == torch.bfloat16
     assert not [shortcut for shortcut in taken if shortcut is model._shortcut]
+    asked = answers(model, batch, return_dict=True, output_attentions=False, start_positions=None)
+    assert torch.equal(asked, expected)
+    assert len(taken) > 0  # that asks for nothing
     model(**batch).start_logits.sum().backward()  # the head has a gradient
     assert model.qa_outputs.weight.grad is not None
 
