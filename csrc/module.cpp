@@ -83,6 +83,17 @@ PyObject* are_same(PyObject*, PyObject* arguments) {
   Py_RETURN_TRUE;
 }
 
+PyObject* total_size(PyObject*, PyObject* dicts) {
+  if (!PyList_Check(dicts)) return PyErr_Format(PyExc_TypeError, "total_size: expected a list of dicts");
+  Py_ssize_t total = 0;
+  for (Py_ssize_t i = 0; i < PyList_Size(dicts); ++i) {
+    const Py_ssize_t size = PyDict_Size(PyList_GetItem(dicts, i));
+    if (size < 0) return nullptr;
+    total += size;
+  }
+  return PyLong_FromSsize_t(total);
+}
+
 PyMethodDef methods[] = {
     {"available_isas", available_isas, METH_NOARGS,
      "available_isas() -> list[str]\n\nThe instruction sets that this machine runs, slowest first."},
@@ -99,6 +110,8 @@ PyMethodDef methods[] = {
     {"are_same", are_same, METH_VARARGS,
      "are_same(owners: list[dict], names: list, values: list) -> bool\n\nWhether each dict has the very "
      "object under its name; None stands for none."},
+    {"total_size", total_size, METH_O,
+     "total_size(dicts: list[dict]) -> int\n\nHow many items they have together."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -130,9 +130,9 @@ class Shortcut:
         for config in (bert.config, model.config):
             self._watch(config.__dict__, *_OPTION_ATTRIBUTES)
         self._watch(os.environ._data, *map(os.environ.encodekey, dispatch.VARIABLES))  # type: ignore[attr-defined]
-        # Of what may get more items.
-        self._growing = [owner for module in inside for owner in (module._modules, module._parameters)]
-        self._lengths = list(map(len, self._growing))
+        # Whose items are watched, all of them: none may be added.
+        self._complete = [owner for module in inside for owner in (module._modules, module._parameters)]
+        self._size = sum(map(len, self._complete))
 
         self._cache: PrepackCache = encoder.cache
         self._encoder_key = 0
@@ -191,7 +191,7 @@ class Shortcut:
             or model.__dict__.get("config") is not self._config
             or not dispatch.NATIVE.are_same(self._owners, self._names, self._values)
             or any(self._hooks)
-            or list(map(len, self._growing)) != self._lengths
+            or dispatch.NATIVE.total_size(self._complete) != self._size
             or list(map(type, self._called)) != self._classes
             or list(map(_FORWARD, self._classes)) != self._forwards
             or list(map(address_of, self._weights)) != self._addresses
@@ -275,7 +275,7 @@ def _is_readable(weight: Tensor) -> bool:
 
 
 def _shapes(weights: list[Tensor]) -> list[Any]:
-    return [*map(Tensor.size, weights), *map(Tensor.stride, weights)]
+    return [*map(Tensor.size, weights), *map(Tensor.is_contiguous, weights)]
 
 
 def _parts(embeddings: nn.Module) -> list[Any]:

@@ -906,6 +906,16 @@ def test_are_same():
         are_same((owner,), ["a"], [value])
 
 
+def test_total_size():
+    total_size = dispatch.NATIVE.total_size
+    assert total_size([{}, {"a": 1, "b": 2}, OrderedDict(c=3)]) == 3
+    assert total_size([]) == 0
+    with pytest.raises(TypeError, match="total_size: expected a list of dicts"):
+        total_size({})
+    with pytest.raises(SystemError):
+        total_size([[]])
+
+
 # ------------------------------------------------------------------------------------------------- the output
 
 
