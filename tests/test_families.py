@@ -362,7 +362,7 @@ def test_calibrated_released_and_compiled(narrow):
     released = packedbert.load(narrow, config=PackedBertConfig(release_weights=True))
     assert torch.equal(answers(released), answers(packedbert.load(narrow)))
     compiled = torch.compile(released, fullgraph=True, backend="eager")
-    assert torch.equal(answers(compiled), answers(released))
+    torch.testing.assert_close(answers(compiled), answers(released))  # eagerly the head is another kernel
 
 
 def test_head_sizes_that_cannot_be_are_refused(narrow, tmp_path):

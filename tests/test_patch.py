@@ -14,10 +14,9 @@ from torch import nn
 from torch.nn.utils.prune import identity
 
 import packedbert
-from packedbert import dispatch
+from packedbert import dispatch, shortcut
 from packedbert.layers import NoNorm
 from packedbert.modules import PackedBertModel
-from packedbert.shortcut import Shortcut
 
 
 def pruned(architecture="BertModel", **config):
@@ -117,8 +116,8 @@ def test_tuple_output():
     model = packedbert.patch_model(pruned("BertForQuestionAnswering"))
     batch = batch_for(model)
     start, end = run(model, batch, return_dict=False)
-    assert torch.equal(start, run(model, batch).start_logits)
-    assert torch.equal(end, run(model, batch).end_logits)
+    torch.testing.assert_close(start, run(model, batch).start_logits)  # there the head is another kernel
+    torch.testing.assert_close(end, run(model, batch).end_logits)
 
 
 @pytest.mark.parametrize("kind", ["3-D", "4-D boolean", "4-D additive"])
@@ -642,9 +641,15 @@ def pruned_words(model):
 )
 def test_embeddings_are_one_op_where_nothing_else_is_asked_for(change, native, monkeypatch):
     calls = []
-    for owner, name in ((packedbert.ops, "embed"), (Shortcut, "__call__")):  # one op, or part of one
-        native_call = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, native_call=native_call: calls.append("op") or native_call(*a))
+    embed, whole = packedbert.ops.embed, shortcut.run
+    monkeypatch.setattr(packedbert.ops, "embed", lambda *a: calls.append("op") or embed(*a))
+
+    def noted(*arguments):  # or part of one op
+        result = whole(*arguments)
+        calls.extend(["op"] if result is not None else [])
+        return result
+
+    monkeypatch.setattr(shortcut, "run", noted)
     model = pruned("BertForQuestionAnswering")
     batch = batch_for(model)
     expected = run(model, batch)

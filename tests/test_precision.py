@@ -109,7 +109,10 @@ def test_compiled():
     model = patched(precision="int8", skip=["0.qkv"])
     expected = logits(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(logits(compiled), expected)
+    torch.testing.assert_close(logits(compiled), expected)  # eagerly the head is another kernel, and the rest the same:
+    with torch.no_grad():
+        states = torch.compile(model.bert, fullgraph=True, backend="eager")(**batch_of(model)).last_hidden_state
+        assert torch.equal(states, model.bert(**batch_of(model)).last_hidden_state)
 
 
 def test_gradients_are_those_of_the_floats_that_int8_stands_for():
