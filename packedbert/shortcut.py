@@ -29,7 +29,6 @@ _EMBEDDING_PARTS = ("word_embeddings", "token_type_embeddings", "position_embedd
 _OPTIONS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 _OPTION_ATTRIBUTES = (*_OPTIONS, "_output_attentions", "max_position_embeddings")
 
-
 _FORWARD = operator.attrgetter("forward")
 
 #: What these classes do, as long as nobody has given them another forward.
@@ -106,7 +105,7 @@ class Shortcut:
         self._names: list[Any] = []
         self._values: list[Any] = []
         embeddings, encoder = bert.embeddings, bert.encoder
-        inside = [embeddings, *embeddings.modules(), *encoder.modules()]
+        inside = [*embeddings.modules(), *encoder.modules()]
         # Modules whose calls this one replaces.
         self._called = called = [embeddings, *_parts(embeddings), encoder]
         if head is not None:
@@ -267,8 +266,9 @@ def _weights_of(bert: Any, model: Any, head: str | None) -> list[Tensor] | None:
 
 def _is_readable(weight: Tensor) -> bool:
     """Whether native code finds there what the tensor says."""
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype == torch.float32 and weight.is_cpu
-    if not plain or not weight.is_contiguous():
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != torch.float32 or not weight.is_cpu:
+        return False
+    if weight.layout != torch.strided or weight.is_neg() or not weight.is_contiguous():
         return False
     end = weight.storage_offset() + weight.numel()
     return end * weight.element_size() <= weight.untyped_storage().nbytes()

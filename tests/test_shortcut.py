@@ -622,8 +622,26 @@ def of_a_subclass(model):
     model.qa_outputs._parameters["weight"] = weight
 
 
+def sparse(model):
+    model.qa_outputs.weight = nn.Parameter((2 * model.qa_outputs.weight).detach().to_sparse_csr(), requires_grad=False)
+
+
+def negated(model):
+    weight = torch._neg_view(model.qa_outputs.weight.detach())
+    model.qa_outputs.weight = nn.Parameter(weight, requires_grad=False)
+
+
 #: Changes after which the modules are asked.
-UNUSUAL_HEADS = [as_attribute, as_buffer, another_kind_of_head, broadcast_bias, strided_bias, of_a_subclass]
+UNUSUAL_HEADS = [
+    as_attribute,
+    as_buffer,
+    another_kind_of_head,
+    broadcast_bias,
+    strided_bias,
+    of_a_subclass,
+    sparse,
+    negated,
+]
 
 
 @pytest.mark.parametrize("established", [True, False], ids=["afterwards", "from the start"])
