@@ -949,5 +949,5 @@ def test_the_output_is_what_its_constructor_makes(pooled):
     assert got.cross_attentions is None
     again = pickle.loads(pickle.dumps(got))
     assert list(again) == list(expected)
-    got.attentions = (torch.ones(1),)
-    assert "attentions" in got
+    got.attentions = expected.attentions = (torch.ones(1),)
+    assert list(got) == list(expected)  # in newer versions of transformers with it
