@@ -26,7 +26,7 @@ from .layers import PackedLayer, PrepackedLinear, QuantizedLinear, StoredQuantiz
 from .prepack import PreparedEncoder, allocate_together
 from .quantization import QuantizationPlan, QuantizedWeight, is_skipped, plan_quantization
 from .reference import MATRICES, LayerWeights
-from .shortcut import EmbedArguments, Shortcut, are_plain
+from .shortcut import OPTIONS, EmbedArguments, Shortcut, are_plain
 from .structure import EncoderStructure
 
 
@@ -421,10 +421,7 @@ _IGNORED = {"cache_position", "num_items_in_batch", "use_cache"}
 def are_defaults(options: dict[str, Any]) -> bool:
     """Whether a forward's options ask for nothing beyond what its config does."""
     return all(
-        value is None
-        or name in _IGNORED
-        or (name == "return_dict" and value is True)
-        or (name in ("output_attentions", "output_hidden_states") and value is False)
+        value is None or name in _IGNORED or (name in OPTIONS and value is OPTIONS[name])
         for name, value in options.items()
     )
 

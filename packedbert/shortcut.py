@@ -26,8 +26,8 @@ _EMBEDDING_PARTS = ("word_embeddings", "token_type_embeddings", "position_embedd
 
 #: What a config may ask of every forward, and what a Shortcut does. `output_attentions` is a property in some versions
 #: of transformers, of an attribute with an underscore.
-_OPTIONS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
-_OPTION_ATTRIBUTES = (*_OPTIONS, "_output_attentions", "max_position_embeddings")
+OPTIONS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+_OPTION_ATTRIBUTES = (*OPTIONS, "_output_attentions", "max_position_embeddings")
 
 _FORWARD = operator.attrgetter("forward")
 
@@ -257,7 +257,7 @@ def _weights_of(bert: Any, model: Any, head: str | None) -> list[Tensor] | None:
         if weight is None or bias is None or bias.dim() != 1 or weight.shape != (len(bias), hidden_size):
             return None
         weights += [weight, bias]
-    if any(getattr(owner.config, name) is not value for owner in (bert, model) for name, value in _OPTIONS.items()):
+    if any(getattr(owner.config, name) is not value for owner in (bert, model) for name, value in OPTIONS.items()):
         return None
     if embed.positions.shape[0] > bert.config.max_position_embeddings:  # the op refuses what is longer than the table
         return None

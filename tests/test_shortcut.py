@@ -53,11 +53,18 @@ def run(model, batch, **options):
         return model(**batch, **options).last_hidden_state
 
 
-def by_modules(model, batch):
-    """The same without a shortcut, and without anything that an earlier call left."""
+@contextlib.contextmanager
+def no_shortcuts(*models):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shortcut, "of", lambda *_: None)
-        model._shortcut = None
+        for model in models:
+            model._shortcut = None
+        yield
+
+
+def by_modules(model, batch):
+    """The same without a shortcut, and without anything that an earlier call left."""
+    with no_shortcuts(model):
         model.encoder.clear_cache()
         return run(model, batch)
 
@@ -522,9 +529,7 @@ def answers(model, batch, **options):
 
 
 def answers_by_modules(model, batch):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shortcut, "of", lambda *_: None)
-        model._shortcut = model.bert._shortcut = None
+    with no_shortcuts(model, model.bert):
         return answers(model, batch)
 
 
@@ -555,9 +560,7 @@ def test_answers_by_one_call(precision, mask, taken):
         del batch["attention_mask"], batch["token_type_ids"]
     with torch.inference_mode():
         got = model(**batch)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Shortcut, "of", lambda *_: None)
-            model._shortcut = None
+        with no_shortcuts(model, model.bert):
             expected = model(**batch)
     assert len(taken) == 1
     assert type(got) is type(expected)
@@ -796,7 +799,7 @@ def test_whoever_wants_the_modules_of_a_head_gets_them(change, established, take
     change(model, calls)
     got = answers(model, batch)
     assert calls
-    assert not [shortcut for shortcut in taken if shortcut is model._shortcut]
+    assert model._shortcut not in taken
     assert torch.equal(got, answers_by_modules(model, batch))
 
 
@@ -843,7 +846,7 @@ def test_what_a_head_is_not_asked_for_natively(taken):
         torch.testing.assert_close(torch.stack([places.start_logits, places.end_logits]), expected)
         with torch.autocast("cpu", torch.bfloat16):
             assert model(**batch).start_logits.dtype == torch.bfloat16
-    assert not [shortcut for shortcut in taken if shortcut is model._shortcut]
+    assert model._shortcut not in taken
     asked = answers(model, batch, return_dict=True, output_attentions=False, start_positions=None)
     assert torch.equal(asked, expected)
     assert len(taken) > 0  # that asks for nothing
