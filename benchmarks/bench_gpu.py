@@ -1,9 +1,10 @@
-"""Ops and whole model on a GPU against PyTorch's own: `python benchmarks/bench_gpu.py`. Not run on a GPU yet.
+"""Ops and whole model on a GPU against PyTorch's own: `python benchmarks/bench_gpu.py`, minutes.
 
 Every row of the CSV is one peer in one case, timed by CUDA events in turns with the others, after a check of what it
 computes. Ops: packed_linear against F.linear with its epilogue in separate kernels (cuBLASLt), pruned_attention
-against scaled_dot_product_attention. Model: the seed packed, eager and compiled, and dense BERT-base. The share of the
-peak is that of half-precision products which cuBLAS reaches here in the same run.
+against scaled_dot_product_attention; each is recorded REPEATS times in a CUDA graph, so that what is timed is the
+GPU's part. Model: the seed packed and dense, called as it is ("eager"), recorded in a graph, and by torch.compile. The
+share of the peak is that of half-precision products which cuBLAS reaches here in the same run.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from record import RESULTS, console
 from shapes import CELLS
 
 import packedbert
-from packedbert import bench, ops
+from packedbert import bench, ops, triton_kernels
 
 ROUNDS = 30
+REPEATS = 20
 
 #: (tokens, out_features, in_features): qkv, out-projection, up and down of the seed's layers 4 and 10.
 PRODUCTS = tuple(
@@ -55,13 +57,34 @@ def milliseconds(calls: Calls) -> dict[str, list[float]]:
     return times
 
 
-def rows_of(case: str, calls: Calls, flop: float, peak: float, tolerance: float) -> Iterator[dict[str, Any]]:
-    """Check each call against the first, then time all.
+def recorded(call: Callable[[], torch.Tensor], repeats: int = 1) -> Callable[[], torch.Tensor]:
+    """The call, so many times in a row, as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # what is allocated and chosen once must be, before a graph is recorded
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            result = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def rows_of(
+    case: str, calls: Calls, flop: float, peak: float, tolerance: float, repeats: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Check each call against the first, then time all. A call does its work `repeats` times.
 
     Raises:
         SystemExit: ours is wrong.
     """
-    expected = next(iter(calls.values()))().float()
+    expected = next(iter(calls.values()))().float().clone()
     for name, call in list(calls.items()):
         error = (call().float() - expected).abs().max().item() / max(expected.std().item(), 1e-6)
         if not error <= tolerance:
@@ -69,7 +92,8 @@ def rows_of(case: str, calls: Calls, flop: float, peak: float, tolerance: float)
                 raise SystemExit(f"{case}: {name} is wrong: off by {error:.3g} of the spread")
             console.print(f"{case}: left out {name}, which is off by {error:.3g} of the spread")
             del calls[name]
-    for name, times in milliseconds(calls).items():
+    for name, all_times in milliseconds(calls).items():
+        times = [time / repeats for time in all_times]
         median = statistics.median(times)
         yield {
             "case": case,
@@ -80,6 +104,12 @@ def rows_of(case: str, calls: Calls, flop: float, peak: float, tolerance: float)
             "gflop": round(flop / 1e9, 4),
             "percent_of_peak": round(100 * flop / (median * 1e-3) / peak, 1),
         }
+
+
+def op_rows(case: str, calls: Calls, flop: float, peak: float) -> Iterator[dict[str, Any]]:
+    """`rows_of` graphs of REPEATS calls."""
+    graphs = {name: recorded(call, REPEATS) for name, call in calls.items()}
+    return rows_of(case, graphs, flop, peak, 0.05, REPEATS)
 
 
 def measured_peak(dtype: torch.dtype, size: int = 8192) -> float:
@@ -101,20 +131,25 @@ def every_op(dtype: torch.dtype, peak: float) -> Iterator[dict[str, Any]]:
         )
         w /= in_features**0.5
         packed = ops.prepack_linear(w)
+        triton = triton_kernels.packed_linear
         flop = 2 * tokens * out_features * in_features
         size = f"{tokens}x{in_features}x{out_features}"
         gelu: Calls = {
             "PyTorch": lambda x=x, w=w, b=b: F.gelu(F.linear(x, w, b)),
             "packedbert": lambda x=x, packed=packed, b=b: ops.packed_linear(x, packed, b, "gelu"),
+            "packedbert, Triton": lambda x=x, w=w, b=b, triton=triton: triton(x, w, b, "gelu"),
         }
-        yield from rows_of(f"linear, gelu {size}", gelu, flop, peak, 0.05)
+        yield from op_rows(f"linear, gelu {size}", gelu, flop, peak)
         norm: Calls = {
             "PyTorch": lambda x=x, w=w, b=b, r=r, g=g: F.layer_norm(F.linear(x, w, b) + r, g.shape, g, g, 1e-12),
             "packedbert": lambda x=x, packed=packed, b=b, r=r, g=g: ops.packed_linear(
                 x, packed, b, "none", r, "layer_norm", g, g
             ),
+            "packedbert, Triton": lambda x=x, w=w, b=b, r=r, g=g, triton=triton: triton(
+                x, w, b, "none", r, "layer_norm", g, g
+            ),
         }
-        yield from rows_of(f"linear, residual, norm {size}", norm, flop, peak, 0.05)
+        yield from op_rows(f"linear, residual, norm {size}", norm, flop, peak)
     for (batch, length), heads in [(cell, heads) for cell in CELLS for heads in (3, 7)]:
         qkv = torch.randn(batch * length, 3 * heads * 64, device="cuda", dtype=dtype)
         bounds = torch.arange(0, (batch + 1) * length, length, device="cuda", dtype=torch.int32)
@@ -126,39 +161,61 @@ def every_op(dtype: torch.dtype, peak: float) -> Iterator[dict[str, Any]]:
         calls: Calls = {
             "PyTorch SDPA": stock,
             "packedbert": lambda qkv=qkv, bounds=bounds, heads=heads: ops.pruned_attention(qkv, bounds, heads),
+            "packedbert, Triton": lambda qkv=qkv, bounds=bounds, heads=heads, length=length: (
+                triton_kernels.pruned_attention(qkv, bounds, heads, length)
+            ),
         }
         flop = 4 * batch * length**2 * heads * 64
-        yield from rows_of(f"attention {batch}x{length}, {heads} heads", calls, flop, peak, 0.05)
+        yield from op_rows(f"attention {batch}x{length}, {heads} heads", calls, flop, peak)
 
 
 @torch.inference_mode()
-def every_model(dtype: torch.dtype, peak: float) -> Iterator[dict[str, Any]]:
-    """The seed: packed, eager, compiled, and dense."""
+def every_model(dtype: torch.dtype, peak: float, compiled: bool) -> Iterator[dict[str, Any]]:
+    """The seed, packed and dense, in every cell; then, if `compiled`, by torch.compile, which takes minutes."""
     stock = bench.build_stock(bench.SEED).to("cuda", dtype)
     dense = bench.build_stock(bench.SEED.unpruned()).to("cuda", dtype)
-    ours = packedbert.patch_model(copy.deepcopy(stock), backend="cuda")
     models = {
-        "PyTorch eager": stock,
-        "packedbert": ours,
-        "torch.compile": torch.compile(stock, mode="reduce-overhead"),
-        "packedbert, torch.compile": torch.compile(ours, mode="reduce-overhead"),
+        "PyTorch": stock,
+        "packedbert": packedbert.patch_model(copy.deepcopy(stock), backend="cuda"),
+        "packedbert, Triton": packedbert.patch_model(copy.deepcopy(stock), backend="triton"),
     }
-    for batch, length in CELLS:
+
+    def calls_of(models: dict[str, Any], batch: int, length: int) -> Calls:
         ids = torch.randint(1000, bench.SEED.vocab_size, (batch, length), device="cuda")
+        return {name: lambda model=model: model(input_ids=ids).start_logits for name, model in models.items()}
 
-        def call(model: Any, ids: torch.Tensor = ids) -> Callable[[], torch.Tensor]:
-            return lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids)).start_logits
+    def eager_and_recorded(calls: Calls) -> Calls:
+        both = {f"{name}, eager": call for name, call in calls.items()}
+        for name, call in calls.items():
+            try:
+                both[f"{name}, CUDA graph"] = recorded(call)
+            except RuntimeError as error:  # a model may wait for the GPU, which no graph can hold
+                console.print(f"left out {name}, CUDA graph: {error}")
+        return both
 
-        calls = {name: call(model) for name, model in models.items()}
+    for batch, length in CELLS:
+        case = f"model {batch}x{length}"
+        calls = eager_and_recorded(calls_of(models, batch, length))
+        yield from rows_of(case, calls, bench.SEED.flops(batch, length), peak, 0.1)
+        calls = eager_and_recorded(calls_of({"PyTorch, dense": dense}, batch, length))
+        yield from rows_of(case, calls, bench.SEED.unpruned().flops(batch, length), peak, 0.1)
+    if not compiled:
+        return
+    for batch, length in CELLS:
+        torch.compiler.reset()
+        named = {
+            f"{name}, torch.compile": torch.compile(models[name], mode="reduce-overhead", dynamic=False)
+            for name in ("PyTorch", "packedbert")
+        }
+        calls = calls_of(named, batch, length)
         yield from rows_of(f"model {batch}x{length}", calls, bench.SEED.flops(batch, length), peak, 0.1)
-        flop = bench.SEED.unpruned().flops(batch, length)
-        yield from rows_of(f"model {batch}x{length}", {"PyTorch eager, dense": call(dense)}, flop, peak, 0.1)
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "gpu.csv", show_default=True)
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
-def main(out: Path, dtype: str) -> None:
+@click.option("--compiled/--no-compiled", default=True, show_default=True, help="torch.compile too: minutes.")
+def main(out: Path, dtype: str, compiled: bool) -> None:
     """Time the CUDA kernels, single and in the seed's model, against PyTorch."""
     cuda = next(backend for backend in packedbert.backends() if backend.name == "cuda")
     if not cuda.usable:
@@ -175,7 +232,7 @@ def main(out: Path, dtype: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
         writer = None
-        for rows in (every_op(torch_dtype, peak), every_model(torch_dtype, peak)):
+        for rows in (every_op(torch_dtype, peak), every_model(torch_dtype, peak, compiled)):
             for row in rows:
                 if writer is None:
                     writer = csv.DictWriter(file, [*row, *about])

@@ -1,11 +1,17 @@
-"""The ops on a real GPU, against the oracle in float64: `pytest -m gpu`. Without one they are skipped."""
+"""The ops on a real GPU, against the oracle in float64: `TRITON_INTERPRET=0 pytest -m gpu`. Skipped without one.
+
+With TRITON_INTERPRET=0 Triton compiles here, which its backend and torch.compile need; conftest.py's default is 1.
+"""
 
 import itertools
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import ROWS_ZERO, prune, tiny_bert
 from op_cases import assert_as_exact_as_torch, ragged_qkv, random_layers
+from test_backends import CASES
 
 import packedbert
 from packedbert import dispatch, ops, reference
@@ -13,6 +19,11 @@ from packedbert.reference import ACTIVATIONS, NORMS
 
 REASON = next(backend for backend in packedbert.backends() if backend.name == "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not REASON.usable, reason=f"no cuda backend: {REASON.detail}")]
+
+compiles = pytest.mark.skipif(
+    os.environ["TRITON_INTERPRET"] != "0", reason="Triton is interpreted: set TRITON_INTERPRET=0 and run -m gpu alone"
+)
+BACKENDS = ["cuda", pytest.param("triton", marks=compiles)]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPU = "cuda"
@@ -52,6 +63,40 @@ def test_pruned_attention(dtype, head_size):
         assert_as_exact_as_torch(got, own, reference.pruned_attention(qkv.double(), bounds, 3))
 
 
+def sent(value):
+    if isinstance(value, torch.Tensor):
+        return value.to(GPU)
+    return [sent(item) for item in value] if isinstance(value, list) else value
+
+
+def on_gpu(function):
+    """A function of tensors there, from and to the CPU."""
+    return lambda *arguments: function(*map(sent, arguments)).cpu()
+
+
+@pytest.fixture
+def functions(backend):
+    if backend == "triton":
+        from packedbert import triton_kernels
+
+        found = triton_kernels.packed_linear, triton_kernels.pruned_attention, triton_kernels.encoder
+    else:
+        found = (
+            lambda x, weight, *rest: ops.packed_linear(x, ops.prepack_linear(weight), *rest),
+            ops.pruned_attention,
+            lambda *arguments: ops.encoder(*arguments, backend="cuda"),
+        )
+    return SimpleNamespace(
+        **dict(zip(("packed_linear", "pruned_attention", "encoder"), map(on_gpu, found), strict=True))
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_the_other_backends_are_held_to(backend, case, functions):
+    case.check(case.as_op(functions))
+
+
 def encoder_arguments(dtype, batch=3, length=70):
     weights = [w.to(dtype).to(GPU) for w in random_layers([2, 0, 1], [70, 9, 0], 32, 64, torch.float64)]
     states = torch.randn(batch, length, 64, dtype=torch.float64).to(dtype).to(GPU)
@@ -62,13 +107,16 @@ def encoder_arguments(dtype, batch=3, length=70):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_encoder(dtype, masked):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_encoder(dtype, masked, backend):
     states, mask, weights, heads = encoder_arguments(dtype)
     mask = mask if masked else None
     rest = ("gelu", "layer_norm", 1e-12)
     own = reference.encoder(states, mask, weights, heads, *rest)
     exact = reference.encoder(states.double(), mask, [w.double() for w in weights], heads, *rest)
-    assert_as_exact_as_torch(ops.encoder(states, mask, weights, heads, *rest, backend="cuda"), own, exact)
+    for _ in range(20):  # what races between blocks would not be the same each time
+        got = ops.encoder(states, mask, weights, heads, *rest, backend=backend)
+        assert_as_exact_as_torch(got, own, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -105,6 +153,7 @@ def test_opcheck(dtype):
     )
 
 
+@compiles
 def test_a_patched_model_and_its_compiled_graph():
     kept = [["kept", ROWS_ZERO, "kept", "kept"]] * 2
     model = prune(tiny_bert(), kept, [["kept"] * 40] * 2).to(GPU, torch.float16)
