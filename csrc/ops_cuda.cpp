@@ -44,11 +44,17 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
 }
 
-int multiprocessors(int32_t device) {
-  int count = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  check_launch("cuda", error);
-  return count;
+int attribute(cudaDeviceAttr name, int32_t device) {
+  int value = 0;
+  check_launch("cuda", cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+int multiprocessors(int32_t device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+// For kernels that come after others of ours.
+cuda::Queue overlapping_queue(int32_t device) {
+  return {current_stream(device), attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9};
 }
 
 // In half precision tiles (packed_layout.h). In float32 a copy of the canonical weight, for PyTorch's
@@ -69,7 +75,7 @@ Tensor prepack_linear_cuda(const Tensor& weight) {
   Tensor packed = torch::stable::new_empty(
       weight, Shape{tile_count(out_features), step_count(in_features), kTileOutputs, kTileInputs});
   check_launch(kPrepackLinear, cuda::prepack_weight(canonical.const_data_ptr(), out_features, in_features,
-                                                    packed.mutable_data_ptr(), current_stream(device)));
+                                                    packed.mutable_data_ptr(), {current_stream(device)}));
   return packed;
 }
 
@@ -103,7 +109,7 @@ Tensor packed_linear_cuda(const Tensor& input,
   const LinearCall call =
       check_linear(input, weight, bias, activation_name, residual, norm_name, norm_weight, norm_bias);
   check_size(kPackedLinear, "input", std::max({call.rows, call.in_features, call.out_features}));
-  const cudaStream_t stream = current_stream(device);
+  const cuda::Queue queue = overlapping_queue(device);
   cuda::RowEpilogue epilogue{
       .dtype = dtype,
       .rows = call.rows,
@@ -131,7 +137,7 @@ Tensor packed_linear_cuda(const Tensor& input,
     const Tensor sums = torch::stable::matmul(rows, torch::stable::transpose(call.weight, 0, 1));
     epilogue.sums = sums.const_data_ptr<float>();
     epilogue.splits = 1;
-    check_launch(kPackedLinear, cuda::row_epilogue(epilogue, stream));
+    check_launch(kPackedLinear, cuda::row_epilogue(epilogue, queue));
     return call.output;
   }
 
@@ -163,7 +169,7 @@ Tensor packed_linear_cuda(const Tensor& input,
                                       .sums = split ? sums.mutable_data_ptr<float>() : nullptr,
                                       .activation = call.activation,
                                   },
-                                  stream));
+                                  {queue.stream}));
   if (call.norm == Norm::none) return call.output;
   epilogue.activation = Activation::none;
   if (split) {
@@ -174,7 +180,7 @@ Tensor packed_linear_cuda(const Tensor& input,
     epilogue.bias = nullptr;
     epilogue.residual = nullptr;
   }
-  check_launch(kPackedLinear, cuda::row_epilogue(epilogue, stream));
+  check_launch(kPackedLinear, cuda::row_epilogue(epilogue, queue));
   return call.output;
 }
 
@@ -227,7 +233,7 @@ Tensor pruned_attention_cuda(const Tensor& qkv,
                            .output = output.mutable_data_ptr(),
                            .output_pitch = num_heads * head_size,
                        },
-                       current_stream(device)));
+                       {current_stream(device)}));
   return output;
 }
 
@@ -397,7 +403,7 @@ Tensor encoder_prepacked_cuda(const Tensor& hidden_states,
   };
   const Tensor scratch = torch::stable::empty(Shape{cuda::encoder_scratch_size(encoder)}, ScalarType::Byte,
                                               std::nullopt, input.device());
-  check_launch(op, cuda::encoder(encoder, scratch.mutable_data_ptr(), current_stream(device)));
+  check_launch(op, cuda::encoder(encoder, scratch.mutable_data_ptr(), overlapping_queue(device)));
   return output;
 }
 

@@ -100,9 +100,10 @@ def test_the_plan_is_sound_for_every_shape():
 
 
 @pytest.mark.parametrize(("mode", "seed", "copies_land"), WAYS)
-def test_whole_encoders(mode, seed, copies_land):
-    """All launches in their order."""
-    run_cases(small_encoders(), mode, seed=seed, copies_land=copies_land)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_whole_encoders(mode, seed, copies_land, overlaps):
+    """All launches in their order, each after the one before or, but for its first weights, as if beside it."""
+    run_cases(small_encoders(), mode, seed=seed, copies_land=copies_land, overlaps=overlaps)
 
 
 def test_a_layer_of_the_seed_and_its_launches():
@@ -173,18 +174,39 @@ BUGS = {
         "deadlock",
     ),
 }
+#: In kernels that may begin before the kernel before them is done.
+WAIT = "  wait_for_kernel_before();\n"
+FIRST_ROW, FIND_TILE = "  const int first_row = blockIdx.y", "  const QueryTile tile = find_tile<kQueries>"
+OVERLAP_BUGS = {
+    "inputs are read too early": Bug("packed_linear", WAIT + FIRST_ROW, FIRST_ROW, "races", "read before"),
+    "a row is read too early": Bug("row_epilogue", WAIT, "", "races", "(read|write) before"),
+    "queries are read too early": Bug("pruned_attention", WAIT + FIND_TILE, FIND_TILE, "races", "read before"),
+    "a block without queries does not wait": Bug(
+        "pruned_attention",
+        WAIT + FIND_TILE,
+        "  if (blockIdx.x > 1) return;\n" + WAIT + FIND_TILE,
+        "plain",
+        "without having waited",
+    ),
+}
 METHODS = {"packed_linear": "linear", "row_epilogue": "rows", "pruned_attention": "attention"}
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(name, tmp_path):
-    bug = BUGS[name]
-    csrc = tmp_path / "csrc"
+def plant(bug, folder):
+    """The sources with the bug."""
+    csrc = folder / "csrc"
     shutil.copytree(cuda_emulator.CSRC, csrc)
     file = csrc / "cuda" / f"{bug.file}.cu"
     source = file.read_text()
     assert source.count(bug.text) == 1, "the bug no longer fits the source: plant it anew"
     file.write_text(source.replace(bug.text, bug.broken))
+    return csrc
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name, tmp_path):
+    bug = BUGS[name]
+    csrc = plant(bug, tmp_path)
     if bug.file == "ragged_batch":
         call = ("gather", {"dtype": "float32", "padded": np.ones((3, 5, 8), np.float32), "mask": None})
         answers = cuda_emulator.run([call], bug.mode, csrc, seed=1)
@@ -194,3 +216,13 @@ def test_a_planted_bug_is_caught(name, tmp_path):
     cases.append(linear("float16", (32, 64), 33, 200, 64))
     with pytest.raises(AssertionError, match=bug.words):
         run_cases(cases, bug.mode, csrc=csrc, seed=1)
+
+
+@pytest.mark.parametrize("name", OVERLAP_BUGS)
+def test_a_kernel_that_begins_too_early_is_caught(name, tmp_path):
+    bug = OVERLAP_BUGS[name]
+    csrc = plant(bug, tmp_path)
+    case = encoder("float16", 64, [(1, 32, 9)], torch.arange(7) < torch.tensor([[7], [0], [3]]))
+    run_cases([case], bug.mode, csrc=csrc, seed=1)
+    with pytest.raises(AssertionError, match=bug.words):
+        run_cases([case], bug.mode, csrc=csrc, seed=1, overlaps=True)

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "cuda/queue.h"
+
 namespace packedbert::cuda {
 
 inline constexpr int kWarp = 32;
@@ -48,6 +50,9 @@ template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// Waits for all of this thread's copies, in whatever group.
+__device__ __forceinline__ void wait_for_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8 x 8 matrices of 16-bit values; lanes 8i to 8i + 7 give the addresses of the rows of matrix i. Lane l
 // gets of each matrix row l / 4, columns 2 (l % 4) and the next.
@@ -106,13 +111,28 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// In a Queue that overlaps: waits until the kernel before is done and what it wrote can be read. Before that a
+// kernel reads nothing but weights, and writes nothing.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may take the places that this one leaves free, once all of its blocks have come here.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Queues a kernel; its arguments are one structure. No kernel here is ever launched with an empty grid.
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments),
                    dim3 grid,
                    int threads,
                    int shared_bytes,
-                   cudaStream_t stream,
+                   const Queue& queue,
                    const Arguments& arguments) {
   constexpr int without_asking = 48 * 1024;
   if (shared_bytes > without_asking) {
@@ -120,8 +140,17 @@ cudaError_t launch(void (*kernel)(Arguments),
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, threads, shared_bytes, stream>>>(arguments);
-  return cudaGetLastError();
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = queue.stream;
+  config.attrs = &overlap;
+  config.numAttrs = queue.overlaps ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
 #else  // on the host
@@ -139,6 +168,10 @@ template <int kPending>
 void wait_for_copies() {
   emulator::wait_for_copies(kPending);
 }
+inline void wait_for_all_copies() {
+  emulator::commit_copies();
+  emulator::wait_for_copies(0);
+}
 inline void load_matrices(uint32_t (&matrices)[4], SharedAddress row) {
   emulator::load_matrices(matrices, row, false);
 }
@@ -150,15 +183,17 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   emulator::multiply_add<T>(sums, a, b0, b1);
 }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline void wait_for_kernel_before() { emulator::wait_for_kernel_before(); }
+inline void let_next_kernel_begin() {}
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments),
                    dim3 grid,
                    int threads,
                    int shared_bytes,
-                   cudaStream_t,
+                   const Queue& queue,
                    const Arguments& arguments) {
   return emulator::launch(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, &arguments,
-                          sizeof(arguments), [=] { kernel(arguments); })
+                          sizeof(arguments), queue.overlaps, [=] { kernel(arguments); })
              ? cudaSuccess
              : cudaErrorLaunchFailure;
 }

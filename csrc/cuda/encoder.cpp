@@ -86,7 +86,7 @@ struct Run {
   const Encoder& e;
   const Arrays& arrays;
   const int32_t* rows_used;
-  cudaStream_t stream;
+  const Queue& queue;
 
   RowEpilogue epilogue(int64_t size, const void* bias) const {
     return {
@@ -152,7 +152,7 @@ struct Run {
       call.output = output.data;
       call.output_pitch = output.pitch;
       call.activation = activation;
-      return packed_linear(call, stream);
+      return packed_linear(call, queue);
     }
     if (const cudaError_t error = product(input, weight); error != cudaSuccess) return error;
     RowEpilogue rest = epilogue(weight.out_features, bias);
@@ -161,7 +161,7 @@ struct Run {
     rest.output = output.data;
     rest.output_pitch = output.pitch;
     rest.activation = activation;
-    return row_epilogue(rest, stream);
+    return row_epilogue(rest, queue);
   }
 
   // output = norm(input W^T + bias + residual)
@@ -207,9 +207,9 @@ struct Run {
         rest.bias = nullptr;
         rest.residual = nullptr;
       }
-      error = packed_linear(call, stream);
+      error = packed_linear(call, queue);
     }
-    return error != cudaSuccess ? error : row_epilogue(rest, stream);
+    return error != cudaSuccess ? error : row_epilogue(rest, queue);
   }
 
   cudaError_t layer(const EncoderLayer& layer, const Rows& output, const int32_t* output_rows) const {
@@ -228,7 +228,7 @@ struct Run {
             .output = arrays.context.data,
             .output_pitch = arrays.context.pitch,
         },
-        stream);
+        queue);
     if (error != cudaSuccess) return error;
     error = project_and_normalize(arrays.context, layer.attention_output, layer.attention_output_bias,
                                   arrays.tokens, layer.attention_norm_weight, layer.attention_norm_bias,
@@ -249,7 +249,7 @@ int64_t encoder_scratch_size(const Encoder& encoder) {
   return scratch.size;
 }
 
-cudaError_t encoder(const Encoder& e, void* memory, cudaStream_t stream) {
+cudaError_t encoder(const Encoder& e, void* memory, const Queue& queue) {
   if (e.tokens() == 0 || e.hidden_size == 0) return cudaSuccess;
   Scratch scratch{static_cast<unsigned char*>(memory)};
   const Arrays arrays = take_arrays(e, scratch);
@@ -268,8 +268,8 @@ cudaError_t encoder(const Encoder& e, void* memory, cudaStream_t stream) {
           .positions = arrays.positions,
           .output = e.output,
       },
-      stream);
-  const Run run{e, arrays, e.mask ? arrays.cu_seqlens + e.sequences : nullptr, stream};
+      queue);
+  const Run run{e, arrays, e.mask ? arrays.cu_seqlens + e.sequences : nullptr, queue};
   if (e.layer_count == 0 && error == cudaSuccess) {
     RowEpilogue copy = run.epilogue(e.hidden_size, nullptr);
     copy.input = arrays.tokens.data;
@@ -277,7 +277,7 @@ cudaError_t encoder(const Encoder& e, void* memory, cudaStream_t stream) {
     copy.output = e.output;
     copy.output_pitch = e.hidden_size;
     copy.output_rows = e.mask ? arrays.positions : nullptr;
-    return row_epilogue(copy, stream);
+    return row_epilogue(copy, queue);
   }
   for (int64_t i = 0; i < e.layer_count && error == cudaSuccess; ++i) {
     const bool last = i + 1 == e.layer_count;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/dtype.h"
+#include "cuda/queue.h"
 #include "epilogue.h"
 
 namespace packedbert::cuda {
@@ -63,11 +64,11 @@ struct Encoder {
 // Bytes of scratch memory that `encoder` wants, aligned to 16 bytes.
 int64_t encoder_scratch_size(const Encoder& encoder);
 
-// Queues the work on `stream` of the current device; allocates nothing and waits for nothing, so that a CUDA
+// Queues the work; allocates nothing and waits for nothing, so that a CUDA
 // graph can capture it. Returns the error of the launches, if any.
 //
 // In half precision a layer is seven launches: qkv, attention, out-projection, norm, up, down, norm. In
 // float32 it is nine: each of the four products is followed by what is to be done with its rows.
-cudaError_t encoder(const Encoder& encoder, void* scratch, cudaStream_t stream);
+cudaError_t encoder(const Encoder& encoder, void* scratch, const Queue& queue);
 
 }  // namespace packedbert::cuda

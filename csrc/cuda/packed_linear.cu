@@ -1,5 +1,6 @@
 // A block of threads computes a tile of the output. It walks along the in_features in steps of kTileInputs:
 // copies of the next kStages - 1 steps are under way (cp.async) while one is multiplied out of shared memory.
+// What the epilogue reads is asked for all at once and early, since memory answers after half a microsecond.
 #include "cuda/packed_linear.h"
 
 #include "cuda/elements.cuh"
@@ -7,7 +8,6 @@
 
 namespace packedbert::cuda {
 
-constexpr int kStages = 4;
 constexpr int kChunkBytes = 16;
 constexpr int kRowBytes = kTileInputs * 2;  // of a row of a step, in shared memory
 constexpr int kRowChunks = kRowBytes / kChunkBytes;
@@ -15,11 +15,12 @@ constexpr int kMmaRows = 16;      // of an mma.m16n8k16
 constexpr int kWarpColumns = 32;  // four of its 8: see tile_output
 
 // A block's tile, and how its warps share it.
-template <int kRows_, int kColumns_, int kRowWarps_>
+template <int kRows_, int kColumns_, int kRowWarps_, int kStages_>
 struct Tile {
   static constexpr int kRows = kRows_;
   static constexpr int kColumns = kColumns_;
   static constexpr int kRowWarps = kRowWarps_;
+  static constexpr int kStages = kStages_;  // steps in shared memory: copies under way, and one multiplied
   static constexpr int kColumnWarps = kColumns / kWarpColumns;
   static constexpr int kThreads = kRowWarps * kColumnWarps * kWarp;
   static constexpr int kWarpRows = kRows / kRowWarps;
@@ -35,9 +36,9 @@ struct Tile {
 };
 
 // Many tokens; some; few, where reading the weights is all that counts.
-using LargeTile = Tile<128, 128, 2>;
-using MiddleTile = Tile<64, 64, 2>;
-using SmallTile = Tile<32, 64, 2>;
+using LargeTile = Tile<128, 128, 2, 4>;
+using MiddleTile = Tile<64, 64, 2, 6>;
+using SmallTile = Tile<32, 64, 2, 8>;
 
 // What a kernel gets.
 struct LinearArguments {
@@ -56,16 +57,13 @@ struct LinearArguments {
   int out_features;
   int steps;  // of all in_features
   int steps_of_split;
-  bool aligned;  // rows of residual and output, and the bias, to 16 bytes
+  bool aligned;        // rows of residual and output, and the bias, to 16 bytes
+  bool weights_first;  // the first steps' weights are copied while the kernel before may still run
   Activation activation;
 };
 
 template <typename T, typename Tile, bool kSums>
 __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArguments a) {
-  const int first_row = blockIdx.y * Tile::kRows;
-  const int rows = a.rows_used ? *a.rows_used : a.rows;
-  if (first_row >= rows) return;
-
   const int thread = threadIdx.x;
   const int lane = thread % kWarp;
   const int warp = thread / kWarp;
@@ -74,8 +72,45 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
   const int first_step = blockIdx.z * a.steps_of_split;
   const int steps = min(a.steps_of_split, a.steps - first_step);
   const SharedAddress shared = shared_address(dynamic_shared_memory());
+  constexpr int kStages = Tile::kStages;
 
-  // ---- Copies. All that doesn't change from step to step is computed here.
+  // ---- Copies. All that doesn't change from step to step is computed here. The weights of a step are
+  // kColumns / kTileOutputs tiles, each of them contiguous.
+  const T* weight_source[Tile::kWeightCopies];
+#pragma unroll
+  for (int i = 0; i < Tile::kWeightCopies; ++i) {
+    constexpr int tile_chunks = kTileOutputs * kRowChunks;
+    const int chunk = thread + i * Tile::kThreads;
+    const int64_t tile = int64_t{blockIdx.x} * (Tile::kColumns / kTileOutputs) + chunk / tile_chunks;
+    const bool exists = tile * kTileOutputs < a.out_features;
+    weight_source[i] = static_cast<const T*>(a.weight) +
+                       ((exists ? tile : 0) * a.steps + first_step) * (kTileOutputs * kTileInputs) +
+                       chunk % tile_chunks * kChunk;
+  }
+  const SharedAddress weight_target = shared + Tile::kInputBytes + thread * kChunkBytes;
+
+  // Starts copying a step of this split, `ahead` of where the sources point to.
+  const auto copy_weights = [&](int step, int ahead, int stage) {
+    if (step >= steps) return;
+#pragma unroll
+    for (int i = 0; i < Tile::kWeightCopies; ++i) {
+      copy_async(weight_target + stage * Tile::kStageBytes + i * Tile::kThreads * kChunkBytes,
+                 weight_source[i] + ahead * kTileOutputs * kTileInputs);
+    }
+  };
+  let_next_kernel_begin();
+  if (a.weights_first) {
+#pragma unroll
+    for (int step = 0; step < kStages - 1; ++step) copy_weights(step, step, step);
+  }
+  wait_for_kernel_before();
+  const int first_row = blockIdx.y * Tile::kRows;
+  const int rows = a.rows_used ? *a.rows_used : a.rows;
+  if (first_row >= rows) {
+    wait_for_all_copies();
+    return;
+  }
+
   const T* source[Tile::kInputCopies];
   int last_bytes[Tile::kInputCopies];  // to copy at the last step of all in_features; the others are whole
   SharedAddress target[Tile::kInputCopies];
@@ -91,40 +126,42 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
     last_bytes[i] = max(0, min(kChunkBytes, left));
     target[i] = shared + row * kRowBytes + tile_chunk(row, chunk) * kChunkBytes;
   }
-  // The weights of a step are kColumns / kTileOutputs tiles, each of them contiguous.
-  const T* weight_source[Tile::kWeightCopies];
+  const auto copy_inputs = [&](int step, int ahead, int stage) {
+    if (step >= steps) return;
+    const int offset = stage * Tile::kStageBytes;
+    const bool last = first_step + step == a.steps - 1;
 #pragma unroll
-  for (int i = 0; i < Tile::kWeightCopies; ++i) {
-    constexpr int tile_chunks = kTileOutputs * kRowChunks;
-    const int chunk = thread + i * Tile::kThreads;
-    const int64_t tile = int64_t{blockIdx.x} * (Tile::kColumns / kTileOutputs) + chunk / tile_chunks;
-    const bool exists = tile * kTileOutputs < a.out_features;
-    weight_source[i] = static_cast<const T*>(a.weight) +
-                       ((exists ? tile : 0) * a.steps + first_step) * (kTileOutputs * kTileInputs) +
-                       chunk % tile_chunks * kChunk;
-  }
-  const SharedAddress weight_target = shared + Tile::kInputBytes + thread * kChunkBytes;
-
-  // Starts copying a step of this split, `ahead` of where the sources point to.
-  const auto copy_step = [&](int step, int ahead, int stage) {
-    if (step < steps) {
-      const int offset = stage * Tile::kStageBytes;
-      const bool last = first_step + step == a.steps - 1;
-#pragma unroll
-      for (int i = 0; i < Tile::kInputCopies; ++i) {
-        if (last) {
-          copy_async(target[i] + offset, source[i] + ahead * kTileInputs, last_bytes[i]);
-        } else {
-          copy_async(target[i] + offset, source[i] + ahead * kTileInputs);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < Tile::kWeightCopies; ++i) {
-        copy_async(weight_target + offset + i * Tile::kThreads * kChunkBytes,
-                   weight_source[i] + ahead * kTileOutputs * kTileInputs);
+    for (int i = 0; i < Tile::kInputCopies; ++i) {
+      if (last) {
+        copy_async(target[i] + offset, source[i] + ahead * kTileInputs, last_bytes[i]);
+      } else {
+        copy_async(target[i] + offset, source[i] + ahead * kTileInputs);
       }
     }
-    commit_copies();  // an empty group too: the waits below count groups
+  };
+
+  // ---- What the epilogue reads: the thread has 8 neighbouring outputs of every 8th row.
+  const int column = blockIdx.x * Tile::kColumns + warp_column + lane % 4 * kEight;
+  const int count = a.out_features - column;
+  const auto row_of = [&](int i, int half) {
+    return first_row + warp_row + i * kMmaRows + half * 8 + lane / 4;
+  };
+  Eight<T> bias{};
+  Eight<T> residual[Tile::kFragments][2]{};
+  const auto load_for_epilogue = [&] {
+    if constexpr (kSums) return;
+    if (count <= 0) return;
+    bias = load_eight(static_cast<const T*>(a.bias) + column, count, a.aligned);
+    if (!a.residual) return;
+#pragma unroll
+    for (int i = 0; i < Tile::kFragments; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row_of(i, half);
+        const T* from = static_cast<const T*>(a.residual) + row * a.residual_pitch + column;
+        if (row < rows) residual[i][half] = load_eight(from, count, a.aligned);
+      }
+    }
   };
 
   // ---- Products. Lane l gives ldmatrix the address of row l % 16 (of the weights: 8 rows of two groups of
@@ -168,7 +205,14 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
   };
 
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) copy_step(step, step, step);
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (!a.weights_first) copy_weights(step, step, step);
+    copy_inputs(step, step, step);
+    commit_copies();  // an empty group too: the waits below count groups
+  }
+  // A large tile has no registers to keep it in meanwhile.
+  constexpr bool early = Tile::kFragments <= 2;
+  if constexpr (early) load_for_epilogue();
   // A round through all stages, unrolled: where each of them lies is known when this is compiled.
 #pragma unroll 1
   for (int first = 0; first < steps; first += kStages) {
@@ -179,7 +223,9 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
       __syncthreads();  // everyone's copies are there, and everyone is done with the stage that is filled
                         // next
       constexpr int ahead = kStages - 1;
-      copy_step(first + stage + ahead, stage + ahead, (stage + ahead) % kStages);
+      copy_weights(first + stage + ahead, stage + ahead, (stage + ahead) % kStages);
+      copy_inputs(first + stage + ahead, stage + ahead, (stage + ahead) % kStages);
+      commit_copies();
       multiply_step(stage);
     }
 #pragma unroll
@@ -187,18 +233,15 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
 #pragma unroll
     for (int i = 0; i < Tile::kWeightCopies; ++i) weight_source[i] += kStages * kTileOutputs * kTileInputs;
   }
+  if constexpr (!early) load_for_epilogue();
 
-  // ---- Epilogue: the thread has 8 neighbouring outputs of every 8th row.
-  const int column = blockIdx.x * Tile::kColumns + warp_column + lane % 4 * kEight;
-  const int count = a.out_features - column;
+  // ---- Epilogue
   if (count <= 0) return;
-  float bias[kEight] = {};
-  if constexpr (!kSums) load_eight(static_cast<const T*>(a.bias) + column, count, a.aligned, bias);
 #pragma unroll
   for (int i = 0; i < Tile::kFragments; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + warp_row + i * kMmaRows + half * 8 + lane / 4;
+      const int row = row_of(i, half);
       if (row >= rows) continue;
       float x[kEight];
 #pragma unroll
@@ -210,13 +253,9 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
         float* target = a.sums + (int64_t{blockIdx.z} * a.rows + row) * a.out_features + column;
         store_eight(target, count, a.aligned, x);
       } else {
-        float residual[kEight] = {};
-        if (a.residual) {
-          const T* from = static_cast<const T*>(a.residual) + row * a.residual_pitch + column;
-          load_eight(from, count, a.aligned, residual);
-        }
-#pragma unroll
-        for (int e = 0; e < kEight; ++e) x[e] = activate(a.activation, x[e] + bias[e]) + residual[e];
+        add_eight(bias, x);
+        activate(a.activation, x);
+        add_eight(residual[i][half], x);
         store_eight(static_cast<T*>(a.output) + row * a.output_pitch + column, count, a.aligned, x);
       }
     }
@@ -230,7 +269,7 @@ bool is_aligned(const void* pointer, int64_t pitch, int64_t element_size) {
 }
 
 template <typename T, typename Tile>
-cudaError_t launch_tile(const PackedLinear& linear, cudaStream_t stream) {
+cudaError_t launch_tile(const PackedLinear& linear, const Queue& queue) {
   const int64_t steps = step_count(linear.in_features);
   const int64_t steps_of_split = (steps + linear.plan.splits - 1) / linear.plan.splits;
   const bool sums = linear.sums != nullptr;
@@ -253,31 +292,33 @@ cudaError_t launch_tile(const PackedLinear& linear, cudaStream_t stream) {
       .aligned = sums ? is_aligned(linear.sums, linear.out_features, sizeof(float))
                       : is_aligned(linear.bias, 0, 2) && is_aligned(linear.output, linear.output_pitch, 2) &&
                             is_aligned(linear.residual, linear.residual_pitch, 2),
+      // With many blocks each of them waits for its place, not for the kernel before.
+      .weights_first = queue.overlaps && linear.rows <= Tile::kRows,
       .activation = linear.activation,
   };
   const dim3 grid(static_cast<unsigned>((linear.out_features + Tile::kColumns - 1) / Tile::kColumns),
                   static_cast<unsigned>((linear.rows + Tile::kRows - 1) / Tile::kRows),
                   static_cast<unsigned>(linear.plan.splits));
   const auto kernel = sums ? &linear_kernel<T, Tile, true> : &linear_kernel<T, Tile, false>;
-  return launch(kernel, grid, Tile::kThreads, Tile::kSharedBytes, stream, arguments);
+  return launch(kernel, grid, Tile::kThreads, Tile::kSharedBytes, queue, arguments);
 }
 
 template <typename T>
-cudaError_t launch_plan(const PackedLinear& linear, cudaStream_t stream) {
-  if (linear.plan.rows == LargeTile::kRows) return launch_tile<T, LargeTile>(linear, stream);
-  if (linear.plan.rows == MiddleTile::kRows) return launch_tile<T, MiddleTile>(linear, stream);
-  return launch_tile<T, SmallTile>(linear, stream);
+cudaError_t launch_plan(const PackedLinear& linear, const Queue& queue) {
+  if (linear.plan.rows == LargeTile::kRows) return launch_tile<T, LargeTile>(linear, queue);
+  if (linear.plan.rows == MiddleTile::kRows) return launch_tile<T, MiddleTile>(linear, queue);
+  return launch_tile<T, SmallTile>(linear, queue);
 }
 
 }  // namespace
 
-cudaError_t packed_linear(const PackedLinear& linear, cudaStream_t stream) {
+cudaError_t packed_linear(const PackedLinear& linear, const Queue& queue) {
   if (linear.rows == 0 || linear.out_features == 0) return cudaSuccess;  // an empty grid is a launch error
   switch (linear.dtype) {
     case Dtype::float16:
-      return launch_plan<__half>(linear, stream);
+      return launch_plan<__half>(linear, queue);
     case Dtype::bfloat16:
-      return launch_plan<__nv_bfloat16>(linear, stream);
+      return launch_plan<__nv_bfloat16>(linear, queue);
     default:
       return cudaErrorInvalidValue;
   }
@@ -361,7 +402,7 @@ __global__ void __launch_bounds__(kPrepackThreads) prepack_kernel(const PrepackA
 }
 
 cudaError_t prepack_weight(
-    const void* weight, int64_t out_features, int64_t in_features, void* packed, cudaStream_t stream) {
+    const void* weight, int64_t out_features, int64_t in_features, void* packed, const Queue& queue) {
   if (out_features == 0 || in_features == 0) return cudaSuccess;
   const PrepackArguments arguments{
       .weight = static_cast<const uint16_t*>(weight),
@@ -372,7 +413,7 @@ cudaError_t prepack_weight(
   };
   const dim3 grid(static_cast<unsigned>(step_count(in_features)),
                   static_cast<unsigned>(tile_count(out_features)));
-  return launch(&prepack_kernel, grid, kPrepackThreads, 0, stream, arguments);
+  return launch(&prepack_kernel, grid, kPrepackThreads, 0, queue, arguments);
 }
 
 }  // namespace packedbert::cuda

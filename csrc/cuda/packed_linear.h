@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/dtype.h"
+#include "cuda/queue.h"
 #include "epilogue.h"
 
 namespace packedbert::cuda {
@@ -45,11 +46,11 @@ struct PackedLinear {
   Activation activation;
 };
 
-// Queues the work on `stream` of the current device, and returns the error of the launch, if any.
-cudaError_t packed_linear(const PackedLinear& linear, cudaStream_t stream);
+// Queues the work, and returns the error of the launch, if any.
+cudaError_t packed_linear(const PackedLinear& linear, const Queue& queue);
 
 // weight [out_features, in_features], contiguous, to the layout in packed_layout.h.
 cudaError_t prepack_weight(
-    const void* weight, int64_t out_features, int64_t in_features, void* packed, cudaStream_t stream);
+    const void* weight, int64_t out_features, int64_t in_features, void* packed, const Queue& queue);
 
 }  // namespace packedbert::cuda

@@ -134,6 +134,8 @@ template <typename T, int kHead, bool kAny>
 __global__ void __launch_bounds__(kAttentionThreads, HalfAttention<T, kHead, kAny>::kBlocks)
     half_attention_kernel(const AttentionArguments a) {
   using Shape = HalfAttention<T, kHead, kAny>;
+  let_next_kernel_begin();
+  wait_for_kernel_before();
   const QueryTile tile = find_tile<kQueries>(a, blockIdx.x);
   if (tile.length == 0) return;
 
@@ -299,6 +301,8 @@ constexpr int kFloatKeys = 32;
 // kHead: the largest head size.
 template <int kHead>
 __global__ void __launch_bounds__(kAttentionThreads) float_attention_kernel(const AttentionArguments a) {
+  let_next_kernel_begin();
+  wait_for_kernel_before();
   const QueryTile tile = find_tile<kFloatQueries>(a, blockIdx.x);
   if (tile.length == 0) return;
 
@@ -369,7 +373,7 @@ cudaError_t launch_attention(const PrunedAttention& attention,
                              void (*kernel)(AttentionArguments),
                              int queries,
                              int shared_bytes,
-                             cudaStream_t stream) {
+                             const Queue& queue) {
   const int64_t element = size_of(attention.dtype);
   const auto aligned = [&](const void* pointer, int64_t pitch) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && pitch * element % 16 == 0;
@@ -390,13 +394,13 @@ cudaError_t launch_attention(const PrunedAttention& attention,
   // Each sequence has at most one tile that isn't full.
   const dim3 grid(static_cast<unsigned>(attention.tokens / queries + attention.sequences),
                   static_cast<unsigned>(attention.heads));
-  return launch(kernel, grid, kAttentionThreads, shared_bytes, stream, arguments);
+  return launch(kernel, grid, kAttentionThreads, shared_bytes, queue, arguments);
 }
 
 template <typename T>
-cudaError_t launch_half(const PrunedAttention& attention, cudaStream_t stream) {
+cudaError_t launch_half(const PrunedAttention& attention, const Queue& queue) {
   const auto go = [&](auto shape, void (*kernel)(AttentionArguments)) {
-    return launch_attention(attention, kernel, kQueries, decltype(shape)::kSharedBytes, stream);
+    return launch_attention(attention, kernel, kQueries, decltype(shape)::kSharedBytes, queue);
   };
   const int64_t pitches = attention.qkv_pitch | attention.output_pitch;
   const auto addresses =
@@ -411,10 +415,10 @@ cudaError_t launch_half(const PrunedAttention& attention, cudaStream_t stream) {
   return go(HalfAttention<T, 128, true>{}, &half_attention_kernel<T, 128, true>);
 }
 
-cudaError_t launch_float(const PrunedAttention& attention, cudaStream_t stream) {
+cudaError_t launch_float(const PrunedAttention& attention, const Queue& queue) {
   const auto go = [&](int head, void (*kernel)(AttentionArguments)) {
     const int shared_bytes = 2 * kFloatKeys * head * static_cast<int>(sizeof(float));
-    return launch_attention(attention, kernel, kFloatQueries, shared_bytes, stream);
+    return launch_attention(attention, kernel, kFloatQueries, shared_bytes, queue);
   };
   if (attention.head_size <= 32) return go(32, &float_attention_kernel<32>);
   if (attention.head_size <= 64) return go(64, &float_attention_kernel<64>);
@@ -423,17 +427,17 @@ cudaError_t launch_float(const PrunedAttention& attention, cudaStream_t stream) 
 
 }  // namespace
 
-cudaError_t pruned_attention(const PrunedAttention& attention, cudaStream_t stream) {
+cudaError_t pruned_attention(const PrunedAttention& attention, const Queue& queue) {
   if (attention.head_size > kMaxHeadSize) return cudaErrorInvalidValue;
   const bool nothing = attention.tokens == 0 || attention.sequences == 0 || attention.heads == 0;
   if (nothing) return cudaSuccess;  // an empty grid is a launch error
   switch (attention.dtype) {
     case Dtype::float32:
-      return launch_float(attention, stream);
+      return launch_float(attention, queue);
     case Dtype::float16:
-      return launch_half<__half>(attention, stream);
+      return launch_half<__half>(attention, queue);
     case Dtype::bfloat16:
-      return launch_half<__nv_bfloat16>(attention, stream);
+      return launch_half<__nv_bfloat16>(attention, queue);
   }
   return cudaErrorInvalidValue;
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/dtype.h"
+#include "cuda/queue.h"
 
 namespace packedbert::cuda {
 
@@ -25,7 +26,7 @@ struct PrunedAttention {
   int64_t output_pitch;
 };
 
-// Queues the work on `stream` of the current device, and returns the error of the launch, if any.
-cudaError_t pruned_attention(const PrunedAttention& attention, cudaStream_t stream);
+// Queues the work, and returns the error of the launch, if any.
+cudaError_t pruned_attention(const PrunedAttention& attention, const Queue& queue);
 
 }  // namespace packedbert::cuda

@@ -37,6 +37,7 @@ __device__ __forceinline__ int count_tokens(const bool* mask, int end, int lane)
 
 // cu_seqlens, by one block.
 __global__ void __launch_bounds__(kCountThreads) count_kernel(const RaggedArguments a) {
+  let_next_kernel_begin();
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   for (int sequence = warp; sequence < a.sequences; sequence += kCountThreads / kWarp) {
@@ -64,6 +65,8 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const RaggedArgume
 // One warp a position of the padded batch.
 template <typename T>
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const RaggedArguments a) {
+  let_next_kernel_begin();
+  wait_for_kernel_before();
   const int lane = threadIdx.x % kWarp;
   const int64_t position = int64_t{blockIdx.x} * kTokensOfBlock + threadIdx.x / kWarp;
   if (position >= int64_t{a.sequences} * a.length) return;
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const RaggedArgu
   const T* from = static_cast<const T*>(a.padded) + position * a.hidden_size;
   for (int column = lane * kEight; column < a.hidden_size; column += kWarp * kEight) {
     float x[kEight] = {};
-    if (real) load_eight(from + column, a.hidden_size - column, a.aligned, x);
+    if (real) to_floats(load_eight(from + column, a.hidden_size - column, a.aligned), x);
     store_eight(to + column, a.hidden_size - column, a.aligned, x);
   }
 }
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const RaggedArgu
 namespace {
 
 template <typename T>
-cudaError_t launch_gather(const RaggedBatch& batch, RaggedArguments arguments, cudaStream_t stream) {
+cudaError_t launch_gather(const RaggedBatch& batch, RaggedArguments arguments, const Queue& queue) {
   const auto aligned = [](const void* pointer, int64_t pitch) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 &&
            pitch * static_cast<int64_t>(sizeof(T)) % 16 == 0;
@@ -97,12 +100,12 @@ cudaError_t launch_gather(const RaggedBatch& batch, RaggedArguments arguments, c
                       aligned(batch.output, batch.hidden_size);
   const int64_t positions = batch.sequences * batch.length;
   const dim3 grid(static_cast<unsigned>((positions + kTokensOfBlock - 1) / kTokensOfBlock));
-  return launch(&gather_kernel<T>, grid, kGatherThreads, 0, stream, arguments);
+  return launch(&gather_kernel<T>, grid, kGatherThreads, 0, queue, arguments);
 }
 
 }  // namespace
 
-cudaError_t gather_tokens(const RaggedBatch& batch, cudaStream_t stream) {
+cudaError_t gather_tokens(const RaggedBatch& batch, const Queue& queue) {
   const RaggedArguments arguments{
       .mask = batch.mask,
       .padded = batch.padded,
@@ -116,15 +119,16 @@ cudaError_t gather_tokens(const RaggedBatch& batch, cudaStream_t stream) {
       .hidden_size = static_cast<int>(batch.hidden_size),
       .aligned = false,
   };
-  const cudaError_t error = launch(&count_kernel, dim3(1), kCountThreads, 0, stream, arguments);
+  // What comes before this kernel is not ours: it waits until that is done.
+  const cudaError_t error = launch(&count_kernel, dim3(1), kCountThreads, 0, {queue.stream}, arguments);
   if (error != cudaSuccess || !batch.tokens || batch.sequences * batch.length == 0) return error;
   switch (batch.dtype) {
     case Dtype::float32:
-      return launch_gather<float>(batch, arguments, stream);
+      return launch_gather<float>(batch, arguments, queue);
     case Dtype::float16:
-      return launch_gather<__half>(batch, arguments, stream);
+      return launch_gather<__half>(batch, arguments, queue);
     case Dtype::bfloat16:
-      return launch_gather<__nv_bfloat16>(batch, arguments, stream);
+      return launch_gather<__nv_bfloat16>(batch, arguments, queue);
   }
   return cudaErrorInvalidValue;
 }

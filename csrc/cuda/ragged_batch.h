@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/dtype.h"
+#include "cuda/queue.h"
 
 namespace packedbert::cuda {
 
@@ -26,7 +27,7 @@ struct RaggedBatch {
   void* output;  // [sequences, length, hidden_size]
 };
 
-// Queues the work on `stream` of the current device, and returns the error of the launches, if any.
-cudaError_t gather_tokens(const RaggedBatch& batch, cudaStream_t stream);
+// Queues the work, and returns the error of the launches, if any.
+cudaError_t gather_tokens(const RaggedBatch& batch, const Queue& queue);
 
 }  // namespace packedbert::cuda

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/dtype.h"
+#include "cuda/queue.h"
 #include "epilogue.h"
 
 namespace packedbert::cuda {
@@ -34,7 +35,7 @@ struct RowEpilogue {
   float eps;
 };
 
-// Queues the work on `stream` of the current device, and returns the error of the launch, if any.
-cudaError_t row_epilogue(const RowEpilogue& epilogue, cudaStream_t stream);
+// Queues the work, and returns the error of the launch, if any.
+cudaError_t row_epilogue(const RowEpilogue& epilogue, const Queue& queue);
 
 }  // namespace packedbert::cuda

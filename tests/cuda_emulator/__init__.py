@@ -134,7 +134,8 @@ class Kernels:
     def __init__(self, mode: str = "plain", csrc: Path = CSRC, **options: Any) -> None:
         self.module = _load(build(mode, csrc))
         self.buffers: list[np.ndarray] = []
-        settings = {"seed": 0, "copies_land": 1, "races": mode == "races", "only_record": False, **options}
+        settings = {"seed": 0, "copies_land": 1, "races": mode == "races", "only_record": False, "overlaps": False}
+        settings |= options
         self.module.configure(*settings.values())
 
     def launches(self) -> list[dict[str, Any]]:

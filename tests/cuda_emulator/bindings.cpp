@@ -88,8 +88,8 @@ py::list launches() {
 }  // namespace
 
 PYBIND11_MODULE(PACKEDBERT_EMULATOR_MODULE, m) {
-  m.def("configure", [](uint64_t seed, int copies_land, bool races, bool only_record) {
-    emulator::options = {seed, copies_land, races, only_record};
+  m.def("configure", [](uint64_t seed, int copies_land, bool races, bool only_record, bool overlaps) {
+    emulator::options = {seed, copies_land, races, only_record, overlaps};
     emulator::launches.clear();
   });
   m.def("watch", [](const std::vector<std::pair<uintptr_t, size_t>>& ranges) {
@@ -103,7 +103,7 @@ PYBIND11_MODULE(PACKEDBERT_EMULATOR_MODULE, m) {
     return py::make_tuple(plan.rows, plan.columns, plan.splits);
   });
   m.def("prepack_weight", [](uintptr_t weight, int64_t out, int64_t in, uintptr_t packed) {
-    check(prepack_weight(at(weight), out, in, at(packed), nullptr));
+    check(prepack_weight(at(weight), out, in, at(packed), {}));
   });
   m.def("packed_linear", [](int dtype, std::tuple<int, int, int> plan, int64_t rows, int64_t in, int64_t out,
                             uintptr_t rows_used, uintptr_t input, int64_t input_pitch, uintptr_t weight,
@@ -125,7 +125,7 @@ PYBIND11_MODULE(PACKEDBERT_EMULATOR_MODULE, m) {
                          .output_pitch = output_pitch,
                          .sums = at<float>(sums),
                          .activation = Activation(activation)},
-                        nullptr));
+                        {}));
   });
   m.def("row_epilogue",
         [](int dtype, int64_t rows, int64_t size, uintptr_t rows_used, uintptr_t sums, int splits,
@@ -151,7 +151,7 @@ PYBIND11_MODULE(PACKEDBERT_EMULATOR_MODULE, m) {
                               .activation = Activation(activation),
                               .norm = Norm(norm),
                               .eps = eps},
-                             nullptr));
+                             {}));
         });
   m.def("gather_tokens", [](int dtype, int64_t sequences, int64_t length, int64_t hidden_size, uintptr_t mask,
                             uintptr_t padded, uintptr_t cu_seqlens, uintptr_t tokens, int64_t tokens_pitch,
@@ -167,7 +167,7 @@ PYBIND11_MODULE(PACKEDBERT_EMULATOR_MODULE, m) {
                          .tokens_pitch = tokens_pitch,
                          .positions = at<int32_t>(positions),
                          .output = at(output)},
-                        nullptr));
+                        {}));
   });
   m.def("pruned_attention",
         [](int dtype, int64_t tokens, int64_t sequences, int64_t heads, int64_t head_size,
@@ -182,7 +182,7 @@ PYBIND11_MODULE(PACKEDBERT_EMULATOR_MODULE, m) {
                                   .qkv_pitch = qkv_pitch,
                                   .output = at(output),
                                   .output_pitch = output_pitch},
-                                 nullptr));
+                                 {}));
         });
   // Without scratch memory: how much of it is needed. Else: run.
   m.def("encoder", [](int dtype, int64_t sequences, int64_t length, int64_t hidden_size,
@@ -204,7 +204,7 @@ PYBIND11_MODULE(PACKEDBERT_EMULATOR_MODULE, m) {
                        .multiprocessors = multiprocessors,
                        .product = float_product,
                        .product_context = nullptr};
-    if (scratch) check(encoder(call, at(scratch), nullptr));
+    if (scratch) check(encoder(call, at(scratch), {nullptr, emulator::options.overlaps}));
     return encoder_scratch_size(call);
   });
 }

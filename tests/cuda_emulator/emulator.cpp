@@ -44,6 +44,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;  // closed groups
   std::vector<Copy> open_copies;
   unsigned warp_syncs = 0;
+  bool waited;  // for the kernel before
   void* sanitizer_stack = nullptr;
 };
 
@@ -71,6 +72,7 @@ unsigned char* shared;
 size_t shared_size;
 bool failed;
 std::string error;
+bool overlaps;  // the kernel that runs
 uint64_t random_state;
 
 uint32_t random_number() {
@@ -110,6 +112,8 @@ void to_scheduler() {
 void fiber_entry() {
   after_switch(nullptr, &scheduler_stack, &scheduler_stack_size);
   (*kernel_body)();
+  // Or the kernel after this one would not wait for the kernel before it.
+  if (!fibers[current].waited) fail("a thread ends without having waited for the kernel before");
   fibers[current].done = true;
   --live;
   to_scheduler();
@@ -140,6 +144,9 @@ struct Buffer {
   uintptr_t end;
   std::vector<bool> read;
   std::vector<bool> written;
+  // Written since the last kernel that began when all before it were done: a kernel of a Queue that overlaps
+  // may not look at it before it has waited.
+  std::vector<bool> unsettled;
 };
 std::vector<Buffer> buffers;
 
@@ -182,7 +189,13 @@ void note_access(const void* pointer, size_t size, Access access) {
   for (Buffer& buffer : buffers) {
     if (address < buffer.begin || address >= buffer.end) continue;
     std::vector<bool>& seen = access == kRead ? buffer.read : buffer.written;
-    for (size_t i = 0; i < size && address + i < buffer.end; ++i) seen[address - buffer.begin + i] = true;
+    for (size_t i = 0; i < size && address + i < buffer.end; ++i) {
+      const size_t byte = address - buffer.begin + i;
+      seen[byte] = true;
+      if (!fibers[current].waited && (access == kWrite || buffer.unsettled[byte])) {
+        fail("a %s before the kernel before was waited for", access == kRead ? "read" : "write");
+      }
+    }
   }
 }
 
@@ -296,6 +309,8 @@ void wait_for_copies(int pending) {
   }
 }
 
+void wait_for_kernel_before() { fibers[current].waited = true; }
+
 void load_matrices(uint32_t (&matrices)[4], uintptr_t row, bool transposed) {
   if (row % 16 || !in_shared(reinterpret_cast<void*>(row), 16)) {
     fail("ldmatrix of the row at offset %ld", static_cast<long>(row - reinterpret_cast<uintptr_t>(shared)));
@@ -332,7 +347,7 @@ void watch(std::vector<std::pair<const void*, size_t>> ranges) {
   buffers.clear();
   for (const auto& [begin, size] : ranges) {
     const auto address = reinterpret_cast<uintptr_t>(begin);
-    buffers.push_back({address, address + size, {}, {}});
+    buffers.push_back({address, address + size, {}, {}, std::vector<bool>(size)});
   }
 }
 
@@ -340,6 +355,7 @@ namespace {
 
 void start_block(int threads, const std::vector<char*>& stacks) {
   fibers.assign(threads, {});
+  for (Fiber& fiber : fibers) fiber.waited = !overlaps;
   ready.assign(threads / 32, {});
   meetings.assign(threads / 32, {});
   at_barrier.clear();
@@ -399,6 +415,7 @@ bool launch(const void* kernel,
             int shared_bytes,
             const void* arguments,
             size_t arguments_size,
+            bool overlaps_before,
             const std::function<void()>& body) {
   Dl_info symbol{};
   dladdr(kernel, &symbol);
@@ -421,7 +438,9 @@ bool launch(const void* kernel,
   for (Buffer& buffer : buffers) {
     buffer.read.assign(buffer.end - buffer.begin, false);
     buffer.written.assign(buffer.end - buffer.begin, false);
+    if (!overlaps_before) buffer.unsettled.assign(buffer.end - buffer.begin, false);
   }
+  overlaps = overlaps_before;
   random_state = options.seed * 2654435761u + 1;
   gridDim = grid;
   blockDim = dim3(threads);
@@ -451,7 +470,10 @@ bool launch(const void* kernel,
     if (failed) break;
   }
   for (char* stack : stacks) munmap(stack, kStackBytes);
-  for (const Buffer& buffer : buffers) {
+  for (Buffer& buffer : buffers) {
+    for (size_t i = 0; i < buffer.written.size(); ++i) {
+      if (buffer.written[i]) buffer.unsettled[i] = true;
+    }
     launches.back().traffic.emplace_back(std::count(buffer.read.begin(), buffer.read.end(), true),
                                          std::count(buffer.written.begin(), buffer.written.end(), true));
   }

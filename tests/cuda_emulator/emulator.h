@@ -5,7 +5,8 @@
 // of their mask reach, deadlocks, alignment and bounds of copies and matrix loads. Shared memory is a heap
 // block of the exact size, filled with NaN. Copies by cp.async land when they are waited for, and are NaN
 // until then. Compiled with -fsanitize=thread, whose hooks emulator.cpp implements itself, each access is
-// also checked for races within the block and counted; with -fsanitize=address, for bounds.
+// also checked for races within the block and counted, and, where a Queue overlaps, for being made before what
+// came before is waited for; with -fsanitize=address, for bounds.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,6 +34,7 @@ struct Options {
   int copies_land = 1;       // cp.async: 0 at once, 1 when waited for, 2 either, at random
   bool races = false;        // check for races (in a build with -fsanitize=thread)
   bool only_record = false;  // don't run: only note what is launched
+  bool overlaps = false;     // the Queue that encoders get
 };
 
 // A kernel that was launched, and what it did.
@@ -60,6 +62,7 @@ bool launch(const void* kernel,
             int shared_bytes,
             const void* arguments,
             size_t arguments_size,
+            bool overlaps,
             const std::function<void()>& body);
 
 [[noreturn]] void fail(const char* format, ...);
@@ -74,6 +77,7 @@ void warp_operation(const char* name, unsigned mask, const void* input, void* ou
 void copy_async(void* target, const void* source, int bytes);
 void commit_copies();
 void wait_for_copies(int pending);
+void wait_for_kernel_before();
 void load_matrices(uint32_t (&matrices)[4], uintptr_t row, bool transposed);
 
 template <typename T>
@@ -178,6 +182,5 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline float normcdff(float x) { return 0.5f * std::erfc(x * -0.70710678118654752f); }
 using std::max;
 using std::min;
