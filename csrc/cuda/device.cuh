@@ -111,8 +111,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// In a Queue that overlaps: waits until the kernel before is done and what it wrote can be read. Before that a
-// kernel reads nothing but weights, and writes nothing.
+// In a Queue that overlaps: waits until the kernel before is done and what it wrote can be read. Before that
+// a kernel reads nothing but weights, and writes nothing.
 __device__ __forceinline__ void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -3,6 +3,8 @@
 // What the epilogue reads is asked for all at once and early, since memory answers after half a microsecond.
 #include "cuda/packed_linear.h"
 
+#include <algorithm>
+
 #include "cuda/elements.cuh"
 #include "packed_layout.h"
 
@@ -14,31 +16,41 @@ constexpr int kRowChunks = kRowBytes / kChunkBytes;
 constexpr int kMmaRows = 16;      // of an mma.m16n8k16
 constexpr int kWarpColumns = 32;  // four of its 8: see tile_output
 
-// A block's tile, and how its warps share it.
-template <int kRows_, int kColumns_, int kRowWarps_, int kStages_>
+// A block's tile, and how its warps share it. Where few blocks run, what takes time is one step after the
+// other: then slices of the block take turns with the steps, and their sums are added at the end. (On an H200
+// a lone tile of 32 x 64 takes 5.0 us with 768 inputs in place of 6.4; two slices gained nothing for 64 x 64,
+// and with several blocks a multiprocessor they cost a tenth to a fifth.)
+template <int kRows_, int kColumns_, int kRowWarps_, int kSlices_, int kStages_>
 struct Tile {
   static constexpr int kRows = kRows_;
   static constexpr int kColumns = kColumns_;
   static constexpr int kRowWarps = kRowWarps_;
-  static constexpr int kStages = kStages_;  // steps in shared memory: copies under way, and one multiplied
+  static constexpr int kSlices = kSlices_;
+  static constexpr int kStages =
+      kStages_;  // steps of a slice in shared memory: under way, and one multiplied
   static constexpr int kColumnWarps = kColumns / kWarpColumns;
-  static constexpr int kThreads = kRowWarps * kColumnWarps * kWarp;
+  static constexpr int kSliceWarps = kRowWarps * kColumnWarps;
+  static constexpr int kSliceThreads = kSliceWarps * kWarp;
+  static constexpr int kThreads = kSlices * kSliceThreads;
   static constexpr int kWarpRows = kRows / kRowWarps;
   static constexpr int kFragments = kWarpRows / kMmaRows;
   static constexpr int kInputBytes = kRows * kRowBytes;
   static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
-  // What a thread copies of a step.
-  static constexpr int kInputCopies = kRows * kRowChunks / kThreads;
-  static constexpr int kWeightCopies = kColumns * kRowChunks / kThreads;
-  static_assert(kInputCopies * kThreads == kRows * kRowChunks);
-  static_assert(kWeightCopies * kThreads == kColumns * kRowChunks);
+  static constexpr int kSharedBytes = kSlices * kStages * kStageBytes;
+  // What a thread copies of a step of its slice.
+  static constexpr int kInputCopies = kRows * kRowChunks / kSliceThreads;
+  static constexpr int kWeightCopies = kColumns * kRowChunks / kSliceThreads;
+  static_assert(kInputCopies * kSliceThreads == kRows * kRowChunks);
+  static_assert(kWeightCopies * kSliceThreads == kColumns * kRowChunks);
+  // The sums of all slices but the first, on their way to it.
+  static constexpr int kSumsOfThread = kFragments * kWarpColumns / 8 * 4;
+  static_assert((kSlices - 1) * kSliceThreads * kSumsOfThread * 4 <= kSharedBytes);
 };
 
 // Many tokens; some; few, where reading the weights is all that counts.
-using LargeTile = Tile<128, 128, 2, 4>;
-using MiddleTile = Tile<64, 64, 2, 6>;
-using SmallTile = Tile<32, 64, 2, 8>;
+using LargeTile = Tile<128, 128, 2, 1, 4>;
+using MiddleTile = Tile<64, 64, 2, 1, 6>;
+using SmallTile = Tile<32, 64, 2, 4, 4>;
 
 // What a kernel gets.
 struct LinearArguments {
@@ -64,15 +76,21 @@ struct LinearArguments {
 
 template <typename T, typename Tile, bool kSums>
 __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArguments a) {
-  const int thread = threadIdx.x;
+  constexpr int slices = Tile::kSlices;
+  constexpr int kStages = Tile::kStages;
+  const int slice = threadIdx.x / Tile::kSliceThreads;
+  const int thread = threadIdx.x % Tile::kSliceThreads;
   const int lane = thread % kWarp;
   const int warp = thread / kWarp;
   const int warp_row = warp / Tile::kColumnWarps * Tile::kWarpRows;
   const int warp_column = warp % Tile::kColumnWarps * kWarpColumns;
-  const int first_step = blockIdx.z * a.steps_of_split;
-  const int steps = min(a.steps_of_split, a.steps - first_step);
-  const SharedAddress shared = shared_address(dynamic_shared_memory());
-  constexpr int kStages = Tile::kStages;
+  // Of the split's steps the slice takes every `slices`-th.
+  const int steps_of_split = min(a.steps_of_split, a.steps - static_cast<int>(blockIdx.z) * a.steps_of_split);
+  const int rounds = (steps_of_split + slices - 1) / slices;
+  const int steps = (steps_of_split - slice + slices - 1) / slices;
+  const int first_step = blockIdx.z * a.steps_of_split + slice;
+  const SharedAddress shared =
+      shared_address(dynamic_shared_memory()) + slice * (kStages * Tile::kStageBytes);
 
   // ---- Copies. All that doesn't change from step to step is computed here. The weights of a step are
   // kColumns / kTileOutputs tiles, each of them contiguous.
@@ -80,7 +98,7 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
 #pragma unroll
   for (int i = 0; i < Tile::kWeightCopies; ++i) {
     constexpr int tile_chunks = kTileOutputs * kRowChunks;
-    const int chunk = thread + i * Tile::kThreads;
+    const int chunk = thread + i * Tile::kSliceThreads;
     const int64_t tile = int64_t{blockIdx.x} * (Tile::kColumns / kTileOutputs) + chunk / tile_chunks;
     const bool exists = tile * kTileOutputs < a.out_features;
     weight_source[i] = static_cast<const T*>(a.weight) +
@@ -89,13 +107,13 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
   }
   const SharedAddress weight_target = shared + Tile::kInputBytes + thread * kChunkBytes;
 
-  // Starts copying a step of this split, `ahead` of where the sources point to.
+  // Starts copying a step of this slice, `ahead` of where the sources point to.
   const auto copy_weights = [&](int step, int ahead, int stage) {
     if (step >= steps) return;
 #pragma unroll
     for (int i = 0; i < Tile::kWeightCopies; ++i) {
-      copy_async(weight_target + stage * Tile::kStageBytes + i * Tile::kThreads * kChunkBytes,
-                 weight_source[i] + ahead * kTileOutputs * kTileInputs);
+      copy_async(weight_target + stage * Tile::kStageBytes + i * Tile::kSliceThreads * kChunkBytes,
+                 weight_source[i] + ahead * (slices * kTileOutputs * kTileInputs));
     }
   };
   let_next_kernel_begin();
@@ -116,7 +134,7 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
   SharedAddress target[Tile::kInputCopies];
 #pragma unroll
   for (int i = 0; i < Tile::kInputCopies; ++i) {
-    const int row = (thread + i * Tile::kThreads) / kRowChunks;
+    const int row = (thread + i * Tile::kSliceThreads) / kRowChunks;
     const int chunk = thread % kRowChunks;
     // In the place of a row that isn't there the first one is copied: what comes of it is never stored.
     const int from_row = first_row + row < rows ? first_row + row : 0;
@@ -129,13 +147,13 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
   const auto copy_inputs = [&](int step, int ahead, int stage) {
     if (step >= steps) return;
     const int offset = stage * Tile::kStageBytes;
-    const bool last = first_step + step == a.steps - 1;
+    const bool last = first_step + step * slices == a.steps - 1;
 #pragma unroll
     for (int i = 0; i < Tile::kInputCopies; ++i) {
       if (last) {
-        copy_async(target[i] + offset, source[i] + ahead * kTileInputs, last_bytes[i]);
+        copy_async(target[i] + offset, source[i] + ahead * (slices * kTileInputs), last_bytes[i]);
       } else {
-        copy_async(target[i] + offset, source[i] + ahead * kTileInputs);
+        copy_async(target[i] + offset, source[i] + ahead * (slices * kTileInputs));
       }
     }
   };
@@ -150,7 +168,7 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
   Eight<T> residual[Tile::kFragments][2]{};
   const auto load_for_epilogue = [&] {
     if constexpr (kSums) return;
-    if (count <= 0) return;
+    if (count <= 0 || slice > 0) return;
     bias = load_eight(static_cast<const T*>(a.bias) + column, count, a.aligned);
     if (!a.residual) return;
 #pragma unroll
@@ -215,10 +233,10 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
   if constexpr (early) load_for_epilogue();
   // A round through all stages, unrolled: where each of them lies is known when this is compiled.
 #pragma unroll 1
-  for (int first = 0; first < steps; first += kStages) {
+  for (int first = 0; first < rounds; first += kStages) {
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      if (first + stage >= steps) break;
+      if (first + stage >= rounds) break;
       wait_for_copies<kStages - 2>();
       __syncthreads();  // everyone's copies are there, and everyone is done with the stage that is filled
                         // next
@@ -226,14 +244,42 @@ __global__ void __launch_bounds__(Tile::kThreads) linear_kernel(const LinearArgu
       copy_weights(first + stage + ahead, stage + ahead, (stage + ahead) % kStages);
       copy_inputs(first + stage + ahead, stage + ahead, (stage + ahead) % kStages);
       commit_copies();
-      multiply_step(stage);
+      if (slices == 1 || first + stage < steps) multiply_step(stage);
     }
 #pragma unroll
-    for (int i = 0; i < Tile::kInputCopies; ++i) source[i] += kStages * kTileInputs;
+    for (int i = 0; i < Tile::kInputCopies; ++i) source[i] += kStages * slices * kTileInputs;
 #pragma unroll
-    for (int i = 0; i < Tile::kWeightCopies; ++i) weight_source[i] += kStages * kTileOutputs * kTileInputs;
+    for (int i = 0; i < Tile::kWeightCopies; ++i) {
+      weight_source[i] += kStages * slices * kTileOutputs * kTileInputs;
+    }
   }
   if constexpr (!early) load_for_epilogue();
+
+  // ---- The slices' sums, added by the first one.
+  if constexpr (slices > 1) {
+    const auto sums_of = [&](int of_slice, int i, int j, int e) -> float& {
+      const int index = (of_slice - 1) * Tile::kSumsOfThread + (i * 4 + j) * 4 + e;
+      return reinterpret_cast<float*>(dynamic_shared_memory())[index * Tile::kSliceThreads + thread];
+    };
+    const auto for_each_sum = [&](auto&& use) {
+#pragma unroll
+      for (int i = 0; i < Tile::kFragments; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) use(i, j, e);
+        }
+      }
+    };
+    __syncthreads();  // everyone is done with the stages
+    if (slice > 0) for_each_sum([&](int i, int j, int e) { sums_of(slice, i, j, e) = sums[i][j][e]; });
+    __syncthreads();  // and the sums are there
+    if (slice > 0) return;
+#pragma unroll
+    for (int other = 1; other < slices; ++other) {
+      for_each_sum([&](int i, int j, int e) { sums[i][j][e] += sums_of(other, i, j, e); });
+    }
+  }
 
   // ---- Epilogue
   if (count <= 0) return;
@@ -328,21 +374,23 @@ cudaError_t packed_linear(const PackedLinear& linear, const Queue& queue) {
 
 LinearPlan plan_linear(
     int64_t rows, int64_t out_features, int64_t in_features, int multiprocessors, bool may_split) {
-  // Estimated, not measured: what a multiprocessor does in the time of one step of a LargeTile. Smaller tiles
-  // read more of shared memory for each product, and few tokens wait for the weights.
+  // Microseconds on an H200, a fit to what each tile took at 16 to 4,096 rows and 96 to 3,072 inputs.
   struct Choice {
     int rows;
     int columns;
-    double step;   // time of a step of a block that has its multiprocessor to itself
-    int together;  // blocks that share a multiprocessor at about no loss to each
+    double alone;       // a block that has its multiprocessor to itself, at least
+    double alone_step;  // and each of its steps
+    double more;        // each block, where several share a multiprocessor
+    double more_step;   // and each of its steps
   };
   constexpr Choice choices[] = {
-      {LargeTile::kRows, LargeTile::kColumns, 1.0, 1},
-      {MiddleTile::kRows, MiddleTile::kColumns, 0.45, 2},
-      {SmallTile::kRows, SmallTile::kColumns, 0.35, 2},
+      {LargeTile::kRows, LargeTile::kColumns, 4.2, 0.445, 2.4, 0.38},
+      {MiddleTile::kRows, MiddleTile::kColumns, 3.5, 0.20, 0.4, 0.125},
+      {SmallTile::kRows, SmallTile::kColumns, 2.9, 0.10, 0.85, 0.087},
   };
-  constexpr double start = 6.0;  // filling the pipeline, and the epilogue
-  constexpr double part = 1.5;   // writing and adding one part of the sums, for each wave of it
+  constexpr double start = 2.3;
+  constexpr double part = 0.75;                    // to add one part of the sums
+  constexpr double bytes_per_microsecond = 4.0e6;  // for writing and reading it
   constexpr int64_t max_splits = 8;
   constexpr int64_t steps_worth_a_split = 4;
 
@@ -359,11 +407,16 @@ LinearPlan plan_linear(
           (!may_split || steps_of_split < steps_worth_a_split || steps_of_split * (splits - 1) >= steps)) {
         continue;
       }
-      const int64_t slots = int64_t{multiprocessors} * choice.together;
-      const int64_t waves = (tiles * splits + slots - 1) / slots;
-      const double time =
-          static_cast<double>(waves) * (start + choice.step * static_cast<double>(steps_of_split)) +
-          (splits > 1 ? part * static_cast<double>(splits) : 0.0);
+      const auto of_block = [&](double fixed, double step) {
+        return fixed + step * static_cast<double>(steps_of_split);
+      };
+      const int64_t blocks = (tiles * splits + multiprocessors - 1) / multiprocessors;  // a multiprocessor
+      double time = std::max(of_block(choice.alone, choice.alone_step),
+                             start + static_cast<double>(blocks) * of_block(choice.more, choice.more_step));
+      if (splits > 1) {
+        const double bytes = 2.0 * sizeof(float) * static_cast<double>(splits * rows * out_features);
+        time += part * static_cast<double>(splits) + bytes / bytes_per_microsecond;
+      }
       if (least == 0.0 || time < least) {
         least = time;
         best = {choice.rows, choice.columns, static_cast<int>(splits)};

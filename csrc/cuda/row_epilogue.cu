@@ -58,8 +58,7 @@ template <typename T>
 __device__ __forceinline__ void load_row(const RowArguments& a, int row, int column, RowChunk<T>& chunk) {
   const int count = a.size - column;
   if (a.input) {
-    chunk.input =
-        load_eight(static_cast<const T*>(a.input) + row * a.input_pitch + column, count, a.aligned);
+    chunk.input = load_eight(static_cast<const T*>(a.input) + row * a.input_pitch + column, count, a.aligned);
   }
   if (a.residual) {
     chunk.residual =
