@@ -171,6 +171,34 @@ def prune_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(rows: list[Row]) -> str:
+    """Markdown: the whole model on a GPU, called as it is and recorded in a graph, against the best of PyTorch's."""
+    cells: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row["case"].startswith("model "):
+            cells[row["case"].removeprefix("model ").replace("x", ", ")][row["peer"]] = float(row["median_ms"])
+    lines = [
+        "| batch, length | packedbert, CUDA graph | best of PyTorch | than it | than dense, CUDA graph "
+        "| by Triton | without graphs | than PyTorch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell, peers in cells.items():
+        ours, eager = peers[f"{OURS}, CUDA graph"], peers[f"{OURS}, eager"]
+        rivals = {name: ms for name, ms in peers.items() if name.startswith("PyTorch") and "dense" not in name}
+        name, best = min(rivals.items(), key=lambda item: item[1])
+        lines.append(
+            f"| {cell} | {ours:.2f} ms | {name.removeprefix('PyTorch, ')}, {best:.2f} ms | {best / ours:.2f}x "
+            f"| {peers['PyTorch, dense, CUDA graph'] / ours:.2f}x | {peers[f'{OURS}, Triton, CUDA graph']:.2f} ms "
+            f"| {eager:.2f} ms | {peers['PyTorch, eager'] / eager:.2f}x |"
+        )
+    row = rows[0]
+    lines.append(
+        f"\n{row['gpu']}, {row['dtype']}, {row['date']}; torch {row['torch']}, transformers {row['transformers']}. "
+        f"Medians, in turns. cuBLAS reaches {row['peak_tflops']} TFLOP/s there."
+    )
+    return "\n".join(lines)
+
+
 def dense_table(rows: list[Row]) -> str:
     """Markdown: the same kernels on the unpruned model."""
     lines = ["| unpruned BERT-base | packedbert | best peer | than it |", "|---|---|---|---|"]
@@ -308,6 +336,8 @@ def main(results: Path, readme: Path) -> None:
     if (file := results / "scaling.csv").exists():
         plot_scaling(read(file), file.with_suffix(".png"))
     text = between(readme, readme.read_text(), "benchmarks", "\n\n".join(part for part in tables if part))
+    if (file := results / "gpu.csv").exists():
+        text = between(readme, text, "gpu", gpu_table(read(file)))
     if (file := results / "prune.csv").exists():
         text = between(readme, text, "pruning", prune_table(read(file)))
     readme.write_text(text)

@@ -1,4 +1,4 @@
-// The CUDA kernels as torch sees them; see ops.cpp. Not run on a GPU yet.
+// The CUDA kernels as torch sees them; see ops.cpp.
 #ifdef PACKEDBERT_CUDA
 #include <torch/csrc/stable/accelerator.h>
 

@@ -1,7 +1,7 @@
 """The PTX that nvcc makes of the CUDA kernels, run by an interpreter: the one check that sees the inline assembly.
 
 The emulator notes each launch (grid, shared memory, the bytes of its arguments) without running it; the interpreter
-then runs the instructions themselves on the same arrays. None of this ran on a GPU.
+then runs the instructions themselves on the same arrays.
 """
 
 import shutil

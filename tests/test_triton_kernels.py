@@ -1,6 +1,6 @@
 """The Triton kernels, interpreted on the CPU: whole models, one search for all lengths, and no byte outside.
 
-test_backends.py has the cases of single ops and encoders. None of this ran on a GPU; test_triton_compile.py compiles
+test_backends.py has the cases of single ops and encoders. Nothing here runs on a GPU; test_triton_compile.py compiles
 the kernels for GPUs ahead of time.
 """
 
