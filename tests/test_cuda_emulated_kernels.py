@@ -1,6 +1,7 @@
 """The CUDA kernels, compiled by g++ and run on the CPU: what they compute, where they read and write, and when.
 
-Nothing here needs a GPU: test_gpu.py does. What it can't show: races between blocks, the order of memory operations, speed.
+Nothing here needs a GPU: test_gpu.py does. What it can't show: races between blocks, the order of memory operations,
+speed.
 """
 
 import re
