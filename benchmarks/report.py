@@ -171,6 +171,41 @@ def prune_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def machine_table(rows: list[Row]) -> str:
+    """Markdown: all of model.csv that README has for the first machine, shorter, for another one.
+
+    "of its peak" is the rate of all that a forward does, norms and softmax included, over that of products on registers
+    alone: in float32 FMAs, in int8 what the processor has for it.
+    """
+    lines = [
+        "| batch, length | float32 | time / L | of its peak | than best peer | than dense "
+        "| int8 | time / L | of its peak | than best int8 peer | than dense |",
+        "|---" * 11 + "|",
+    ]
+    peaks = {"fp32": float(rows[0]["fma_gflops"]), "int8": float(rows[0]["int8_gops"] or "nan")}
+    flop = {(int(row["batch"]), int(row["length"])): float(row["gflop"]) for row in rows if row["model"] == "packed"}
+    dense = {cache: milliseconds(rows, "dense", cache) for cache in ("hot", "cold")}
+    cells = [(cell, "hot") for cell in flop] + [(min(flop), "cold")]
+    for cell, cache in cells:
+        line = f"| {cell[0]}, {cell[1]}{', cold caches' if cache == 'cold' else ''} "
+        for precision, peak in peaks.items():
+            peers = milliseconds(rows, "packed", cache, precision)[cell]
+            ours = peers.pop(OURS)
+            line += (
+                f"| {ours:.1f} ms | {over_l(rows, cell, OURS, cache, precision):.2f} "
+                f"| {100 * flop[cell] / (1e-3 * ours) / peak:.0f}% "
+                f"| {min(peers.values()) / ours:.2f}x | {dense[cache][cell][EAGER] / ours:.1f}x "
+            )
+        lines.append(line + "|")
+    row = rows[0]
+    lines += [
+        "",
+        f"{machine_line(row)}. sgemm {sgemm_gflops(rows):.1f} GFLOP/s, FMA peak {row['fma_gflops']} GFLOP/s, int8 peak "
+        f"{row['int8_gops']} GOP/s.",
+    ]
+    return "\n".join(lines)
+
+
 def gpu_table(rows: list[Row]) -> str:
     """Markdown: the whole model on a GPU, called as it is and recorded in a graph, against the best of PyTorch's."""
     cells: dict[str, dict[str, float]] = defaultdict(dict)
@@ -336,6 +371,8 @@ def main(results: Path, readme: Path) -> None:
     if (file := results / "scaling.csv").exists():
         plot_scaling(read(file), file.with_suffix(".png"))
     text = between(readme, readme.read_text(), "benchmarks", "\n\n".join(part for part in tables if part))
+    if others := sorted(results.glob("*/model.csv")):
+        text = between(readme, text, "other machines", "\n\n".join(machine_table(read(file)) for file in others))
     if (file := results / "gpu.csv").exists():
         text = between(readme, text, "gpu", gpu_table(read(file)))
     if (file := results / "prune.csv").exists():

@@ -26,8 +26,8 @@ struct Tile {
   static constexpr int kColumns = kColumns_;
   static constexpr int kRowWarps = kRowWarps_;
   static constexpr int kSlices = kSlices_;
-  static constexpr int kStages =
-      kStages_;  // steps of a slice in shared memory: under way, and one multiplied
+  // Steps of a slice in shared memory: one is multiplied, the others are on their way.
+  static constexpr int kStages = kStages_;
   static constexpr int kColumnWarps = kColumns / kWarpColumns;
   static constexpr int kSliceWarps = kRowWarps * kColumnWarps;
   static constexpr int kSliceThreads = kSliceWarps * kWarp;
