@@ -34,27 +34,22 @@ void check_launch(const char* op, cudaError_t error) {
   throw std::runtime_error(std::string("packedbert::") + op + ": CUDA: " + cudaGetErrorString(error));
 }
 
-// A device of the sizes that the kernels' 32-bit indices hold.
+// Of the sizes that the kernels' grids hold.
 void check_size(const char* op, const char* argument, int64_t size) {
-  constexpr int64_t most = int64_t{1} << 30;
-  if (size > most) fail(op, argument, "at most " + std::to_string(most) + " of a size", std::to_string(size));
+  constexpr int64_t most = cuda::kMaxSize;
+  if (size > most)
+    fail(op, argument, "at most " + std::to_string(most) + " of a size on a GPU", std::to_string(size));
 }
 
 cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
 }
 
-int attribute(cudaDeviceAttr name, int32_t device) {
-  int value = 0;
-  check_launch("cuda", cudaDeviceGetAttribute(&value, name, device));
-  return value;
-}
-
-int multiprocessors(int32_t device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
-
-// For kernels that come after others of ours.
-cuda::Queue overlapping_queue(int32_t device) {
-  return {current_stream(device), attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9};
+int multiprocessors(int32_t device) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  check_launch("cuda", error);
+  return count;
 }
 
 // In half precision tiles (packed_layout.h). In float32 a copy of the canonical weight, for PyTorch's
@@ -109,7 +104,7 @@ Tensor packed_linear_cuda(const Tensor& input,
   const LinearCall call =
       check_linear(input, weight, bias, activation_name, residual, norm_name, norm_weight, norm_bias);
   check_size(kPackedLinear, "input", std::max({call.rows, call.in_features, call.out_features}));
-  const cuda::Queue queue = overlapping_queue(device);
+  const cudaStream_t stream = current_stream(device);
   cuda::RowEpilogue epilogue{
       .dtype = dtype,
       .rows = call.rows,
@@ -137,7 +132,7 @@ Tensor packed_linear_cuda(const Tensor& input,
     const Tensor sums = torch::stable::matmul(rows, torch::stable::transpose(call.weight, 0, 1));
     epilogue.sums = sums.const_data_ptr<float>();
     epilogue.splits = 1;
-    check_launch(kPackedLinear, cuda::row_epilogue(epilogue, queue));
+    check_launch(kPackedLinear, cuda::row_epilogue(epilogue, {stream}));
     return call.output;
   }
 
@@ -169,7 +164,7 @@ Tensor packed_linear_cuda(const Tensor& input,
                                       .sums = split ? sums.mutable_data_ptr<float>() : nullptr,
                                       .activation = call.activation,
                                   },
-                                  {queue.stream}));
+                                  {stream}));
   if (call.norm == Norm::none) return call.output;
   epilogue.activation = Activation::none;
   if (split) {
@@ -180,7 +175,7 @@ Tensor packed_linear_cuda(const Tensor& input,
     epilogue.bias = nullptr;
     epilogue.residual = nullptr;
   }
-  check_launch(kPackedLinear, cuda::row_epilogue(epilogue, queue));
+  check_launch(kPackedLinear, cuda::row_epilogue(epilogue, {stream, cuda::kernels_can_overlap()}));
   return call.output;
 }
 
@@ -403,7 +398,8 @@ Tensor encoder_prepacked_cuda(const Tensor& hidden_states,
   };
   const Tensor scratch = torch::stable::empty(Shape{cuda::encoder_scratch_size(encoder)}, ScalarType::Byte,
                                               std::nullopt, input.device());
-  check_launch(op, cuda::encoder(encoder, scratch.mutable_data_ptr(), overlapping_queue(device)));
+  const cuda::Queue queue{current_stream(device), cuda::kernels_can_overlap()};
+  check_launch(op, cuda::encoder(encoder, scratch.mutable_data_ptr(), queue));
   return output;
 }
 

@@ -53,6 +53,28 @@ def test_packed_linear(dtype, norm, activation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features"),
+    [(4096, 768, 768), (4096, 96, 768), (1024, 768, 833), (1000, 833, 768), (32, 3072, 768), (300, 3072, 768)],
+)
+def test_products_of_every_tile(dtype, norm, rows, in_features, out_features):
+    """Sizes for which plan_linear takes large and middle tiles, and parts where a norm adds them."""
+    shapes = [(rows, in_features), (out_features, in_features), (out_features,), (rows, out_features)]
+    shapes += [(out_features,)] * 2
+    x, w, b, r, *affine = (torch.randn(shape, dtype=torch.float64).to(dtype).to(GPU) for shape in shapes)
+    w = w / in_features**0.5
+    affine = affine if norm != "none" else [None, None]
+    rest = ("none", r, norm, *affine)
+    own = reference.packed_linear(x, w, b, *rest)
+    exact = reference.packed_linear(
+        *(t.double() for t in (x, w, b)), *(t.double() if isinstance(t, torch.Tensor) else t for t in rest)
+    )
+    for _ in range(5):
+        assert_as_exact_as_torch(ops.packed_linear(x, ops.prepack_linear(w), b, *rest), own, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_size", [5, 32, 64, 80, 128])
 def test_pruned_attention(dtype, head_size):
     for lengths in ((1,), (64, 65, 0, 129), (0, 0), (512,), (1,) * 70):
@@ -97,19 +119,21 @@ def test_what_the_other_backends_are_held_to(backend, case, functions):
     case.check(case.as_op(functions))
 
 
-def encoder_arguments(dtype, batch=3, length=70):
-    weights = [w.to(dtype).to(GPU) for w in random_layers([2, 0, 1], [70, 9, 0], 32, 64, torch.float64)]
-    states = torch.randn(batch, length, 64, dtype=torch.float64).to(dtype).to(GPU)
+def encoder_arguments(dtype, batch=3, length=70, hidden=64, widths=(70, 9, 0)):
+    weights = [w.to(dtype).to(GPU) for w in random_layers([2, 0, 1], widths, 32, hidden, torch.float64)]
+    states = torch.randn(batch, length, hidden, dtype=torch.float64).to(dtype).to(GPU)
     mask = torch.rand(batch, length, device=GPU) < 0.6
-    mask[0] = False
+    mask[0, : length // 2] = False
+    mask[1:2] = False
     return states, mask, weights, [2, 0, 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 70, 64, (70, 9, 0)), (1, 30, 768, (1000, 9, 0)), (16, 128, 768, (833, 9, 0))])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_encoder(dtype, masked, backend):
-    states, mask, weights, heads = encoder_arguments(dtype)
+def test_encoder(dtype, masked, backend, sizes):
+    states, mask, weights, heads = encoder_arguments(dtype, *sizes)
     mask = mask if masked else None
     rest = ("gelu", "layer_norm", 1e-12)
     own = reference.encoder(states, mask, weights, heads, *rest)

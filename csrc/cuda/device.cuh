@@ -111,6 +111,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// The oldest architecture whose kernels can overlap, as ten times its compute capability.
+inline constexpr int kOldestThatOverlaps = 90;
+
 // In a Queue that overlaps: waits until the kernel before is done and what it wrote can be read. Before that
 // a kernel reads nothing but weights, and writes nothing.
 __device__ __forceinline__ void wait_for_kernel_before() {

@@ -28,7 +28,7 @@ __device__ __forceinline__ void activate(Activation activation, float (&x)[kEigh
     case Activation::gelu:
 #pragma unroll
       for (float& e : x) {
-        // Below -14, x Phi(x) is 0 in float; without the bound -infinity would become a NaN.
+        // The result is 0 below -6 already; without a bound -infinity would become a NaN.
         e = e < -14.0f ? -14.0f : e;
         e = 0.5f * e * (1.0f + erff(e * 0.70710678118654752f));
       }

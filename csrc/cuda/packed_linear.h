@@ -11,6 +11,9 @@
 
 namespace packedbert::cuda {
 
+// Rows, in_features and out_features of a product, at most: a grid has 65,535 tiles of at least 32 rows.
+inline constexpr int64_t kMaxSize = 65535 * 32;
+
 // How a product is cut into blocks of threads.
 struct LinearPlan {
   int rows;     // of a block's tile of the output

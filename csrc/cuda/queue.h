@@ -8,9 +8,12 @@ namespace packedbert::cuda {
 struct Queue {
   cudaStream_t stream = nullptr;  // of the current device
   // A kernel may begin while the one before it in the stream ends (programmatic dependent launch, CUDA C++
-  // programming guide; compute capability 9.0 and up). For kernels that call wait_for_kernel_before, after
-  // one of ours that does.
+  // programming guide). What it reads before it calls wait_for_kernel_before has to be written before the
+  // last kernel that did not overlap.
   bool overlaps = false;
 };
+
+// Whether the kernels may overlap on the current device: as they were compiled for it, they wait.
+bool kernels_can_overlap();
 
 }  // namespace packedbert::cuda

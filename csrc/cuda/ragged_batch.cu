@@ -105,6 +105,16 @@ cudaError_t launch_gather(const RaggedBatch& batch, RaggedArguments arguments, c
 
 }  // namespace
 
+#ifndef PACKEDBERT_EMULATED
+// All kernels are compiled for the same architectures. The device's alone does not tell: it also runs what
+// the driver makes of the PTX for an older one, in which there is no wait.
+bool kernels_can_overlap() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, &count_kernel);
+  return error == cudaSuccess && attributes.ptxVersion >= kOldestThatOverlaps;
+}
+#endif
+
 cudaError_t gather_tokens(const RaggedBatch& batch, const Queue& queue) {
   const RaggedArguments arguments{
       .mask = batch.mask,

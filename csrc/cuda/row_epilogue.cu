@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(kRowThreads) row_kernel(const RowArguments a) 
   float kept[kept_chunks][kEight] = {};
   RowChunk<T> chunks[kept_chunks];
 
-  // Everything is asked for before any of it is used, and the weights before the kernel before is done.
+  // Everything but parts of sums is asked for before any of it is used, and the weights before the kernel
+  // before is done.
   let_next_kernel_begin();
   const auto for_each_kept = [&](auto&& use) {
 #pragma unroll

@@ -30,6 +30,7 @@ void check(cudaError_t error) {
 cudaError_t float_product(
     const void*, const float* x, int64_t rows, int64_t pitch, const Matrix& weight, float* sums) {
   if (emulator::options.only_record) return cudaSuccess;
+  emulator::note_written(sums, rows * weight.out_features * sizeof(float));
   const auto* w = static_cast<const float*>(weight.data);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t n = 0; n < weight.out_features; ++n) {

@@ -311,6 +311,15 @@ void wait_for_copies(int pending) {
 
 void wait_for_kernel_before() { fibers[current].waited = true; }
 
+void note_written(const void* data, size_t size) {
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  for (Buffer& buffer : buffers) {
+    for (uintptr_t byte = std::max(address, buffer.begin); byte < std::min(address + size, buffer.end);
+         ++byte)
+      buffer.unsettled[byte - buffer.begin] = true;
+  }
+}
+
 void load_matrices(uint32_t (&matrices)[4], uintptr_t row, bool transposed) {
   if (row % 16 || !in_shared(reinterpret_cast<void*>(row), 16)) {
     fail("ldmatrix of the row at offset %ld", static_cast<long>(row - reinterpret_cast<uintptr_t>(shared)));

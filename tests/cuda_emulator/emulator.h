@@ -5,8 +5,8 @@
 // of their mask reach, deadlocks, alignment and bounds of copies and matrix loads. Shared memory is a heap
 // block of the exact size, filled with NaN. Copies by cp.async land when they are waited for, and are NaN
 // until then. Compiled with -fsanitize=thread, whose hooks emulator.cpp implements itself, each access is
-// also checked for races within the block and counted, and, where a Queue overlaps, for being made before what
-// came before is waited for; with -fsanitize=address, for bounds.
+// also checked for races within the block and counted, and, where a Queue overlaps, for being made before
+// what came before is waited for; with -fsanitize=address, for bounds.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -78,6 +78,7 @@ void copy_async(void* target, const void* source, int bytes);
 void commit_copies();
 void wait_for_copies(int pending);
 void wait_for_kernel_before();
+void note_written(const void* data, size_t size);  // by a kernel that is not ours
 void load_matrices(uint32_t (&matrices)[4], uintptr_t row, bool transposed);
 
 template <typename T>
