@@ -48,13 +48,13 @@ def series(
     """
     data = [padded(structure, lengths, to) for _, _, lengths, to in points]
     once = {i: lambda _, i=i: points[i][1](*data[i]) for i in range(len(points))}
-    first = {i: statistics.median(seconds) for i, seconds in bench.interleaved(once, 1, warmup=0).items()}
+    typical = {i: seconds for i, (seconds,) in bench.interleaved(once, 1, warmup=1).items()}
     calls: dict[Any, Callable[[int], object]] = {}
     for i, call in once.items():
-        if first[i] < LONG:
+        if typical[i] < LONG:
             calls["warm", i] = bench.repeated(call, WARM)
         calls["counts", i] = call
-    times = bench.interleaved(calls, max(LEAST, min(MOST, int(BUDGET / max(first.values())))), warmup=0)
+    times = bench.interleaved(calls, max(LEAST, min(MOST, int(BUDGET / max(typical.values())))), warmup=0)
     for index, (peer, _, lengths, to) in enumerate(points):
         seconds = times["counts", index]
         shape = structure.unpruned() if peer == DENSE else structure
