@@ -50,14 +50,18 @@ def on_reference(monkeypatch):
     return lambda case: case.as_op(defaults)
 
 
-@pytest.fixture
-def on_cpu():
-    native = SimpleNamespace(
+def native_ops(backend):
+    """The native library's, as `Case.as_op` takes them."""
+    return SimpleNamespace(
         packed_linear=lambda x, weight, *rest: ops.packed_linear(x, ops.prepack_linear(weight), *rest),
         pruned_attention=ops.pruned_attention,
-        encoder=functools.partial(ops.encoder, backend="cpu"),
+        encoder=functools.partial(ops.encoder, backend=backend),
     )
-    return lambda case: case.as_op(native)
+
+
+@pytest.fixture
+def on_cpu():
+    return lambda case: case.as_op(native_ops("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import ROWS_ZERO, prune, tiny_bert
 from op_cases import assert_as_exact_as_torch, ragged_qkv, random_layers
-from test_backends import CASES
+from test_backends import CASES, native_ops
 
 import packedbert
 from packedbert import dispatch, ops, reference
@@ -29,27 +29,25 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPU = "cuda"
 
 
+def check_linear(dtype, rows, in_features, out_features, activation, norm, times=1):
+    shapes = [(rows, in_features), (out_features, in_features), (out_features,), (rows, out_features)]
+    shapes += [(out_features,)] * 2
+    x, w, b, r, *affine = (torch.randn(shape, dtype=torch.float64).to(dtype).to(GPU) for shape in shapes)
+    w = w / max(in_features, 1) ** 0.5
+    affine = affine if norm != "none" else [None, None]
+    rest = (b, activation, r, norm, *affine)
+    own = reference.packed_linear(x, w, *rest)
+    exact = reference.packed_linear(*(t.double() if isinstance(t, torch.Tensor) else t for t in (x, w, *rest)))
+    for _ in range(times):
+        assert_as_exact_as_torch(ops.packed_linear(x, ops.prepack_linear(w), *rest), own, exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_packed_linear(dtype, norm, activation):
     for rows, in_features, out_features in itertools.product((0, 1, 65, 300), (0, 1, 77, 768), (1, 9, 717)):
-        shapes = [(rows, in_features), (out_features, in_features), (out_features,), (rows, out_features)]
-        shapes += [(out_features,)] * 2
-        x, w, b, r, *affine = (torch.randn(shape, dtype=torch.float64).to(dtype).to(GPU) for shape in shapes)
-        w = w / max(in_features, 1) ** 0.5
-        affine = affine if norm != "none" else [None, None]
-        own = reference.packed_linear(x, w, b, activation, r, norm, *affine)
-        exact = reference.packed_linear(
-            *(t.double() for t in (x, w, b)),
-            activation,
-            r.double(),
-            norm,
-            *(t if t is None else t.double() for t in affine),
-        )
-        assert_as_exact_as_torch(
-            ops.packed_linear(x, ops.prepack_linear(w), b, activation, r, norm, *affine), own, exact
-        )
+        check_linear(dtype, rows, in_features, out_features, activation, norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,18 +58,7 @@ def test_packed_linear(dtype, norm, activation):
 )
 def test_products_of_every_tile(dtype, norm, rows, in_features, out_features):
     """Sizes for which plan_linear takes large and middle tiles, and parts where a norm adds them."""
-    shapes = [(rows, in_features), (out_features, in_features), (out_features,), (rows, out_features)]
-    shapes += [(out_features,)] * 2
-    x, w, b, r, *affine = (torch.randn(shape, dtype=torch.float64).to(dtype).to(GPU) for shape in shapes)
-    w = w / in_features**0.5
-    affine = affine if norm != "none" else [None, None]
-    rest = ("none", r, norm, *affine)
-    own = reference.packed_linear(x, w, b, *rest)
-    exact = reference.packed_linear(
-        *(t.double() for t in (x, w, b)), *(t.double() if isinstance(t, torch.Tensor) else t for t in rest)
-    )
-    for _ in range(5):
-        assert_as_exact_as_torch(ops.packed_linear(x, ops.prepack_linear(w), b, *rest), own, exact)
+    check_linear(dtype, rows, in_features, out_features, "none", norm, times=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,19 +85,10 @@ def on_gpu(function):
 
 @pytest.fixture
 def functions(backend):
+    found = native_ops("cuda")
     if backend == "triton":
-        from packedbert import triton_kernels
-
-        found = triton_kernels.packed_linear, triton_kernels.pruned_attention, triton_kernels.encoder
-    else:
-        found = (
-            lambda x, weight, *rest: ops.packed_linear(x, ops.prepack_linear(weight), *rest),
-            ops.pruned_attention,
-            lambda *arguments: ops.encoder(*arguments, backend="cuda"),
-        )
-    return SimpleNamespace(
-        **dict(zip(("packed_linear", "pruned_attention", "encoder"), map(on_gpu, found), strict=True))
-    )
+        from packedbert import triton_kernels as found
+    return SimpleNamespace(**{name: on_gpu(getattr(found, name)) for name in vars(native_ops("cuda"))})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

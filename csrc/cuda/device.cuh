@@ -111,20 +111,20 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// The oldest architecture whose kernels can overlap, as ten times its compute capability.
-inline constexpr int kOldestThatOverlaps = 90;
+// The oldest architecture whose kernels can overlap, as __CUDA_ARCH__ has it.
+#define PACKEDBERT_OVERLAP_ARCH 900
 
 // In a Queue that overlaps: waits until the kernel before is done and what it wrote can be read. Before that
 // a kernel reads nothing but weights, and writes nothing.
 __device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= PACKEDBERT_OVERLAP_ARCH
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 // The next kernel may take the places that this one leaves free, once all of its blocks have come here.
 __device__ __forceinline__ void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= PACKEDBERT_OVERLAP_ARCH
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }

@@ -111,7 +111,7 @@ cudaError_t launch_gather(const RaggedBatch& batch, RaggedArguments arguments, c
 bool kernels_can_overlap() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, &count_kernel);
-  return error == cudaSuccess && attributes.ptxVersion >= kOldestThatOverlaps;
+  return error == cudaSuccess && attributes.ptxVersion * 10 >= PACKEDBERT_OVERLAP_ARCH;
 }
 #endif
 
