@@ -221,10 +221,15 @@ inline void attend_head(AttendTile attend,
     const int64_t sequence = in.batch.sequence_of[token];
     const int64_t queries = smaller(end, in.batch.first_token[sequence + 1]) - token;
     const int64_t tiles = ceil_div(queries, kQueryRows);
+    const float* first = in.queries + token * in.query_stride + head * in.heads.size;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = queries * tile / tiles;
-      attend(in, head, sequence, in.queries + (token + begin) * in.query_stride + head * in.heads.size,
-             queries * (tile + 1) / tiles - begin, context + begin * context_stride, context_stride, scope);
+      const int64_t after = queries * (tile + 1) / tiles;
+      // The next tile's queries: what was written a layer ago is in no near cache any more.
+      for (int64_t row = after; row < smaller(end - token, after + kQueryRows); ++row)
+        prefetch_row(first + row * in.query_stride, in.heads.size);
+      attend(in, head, sequence, first + begin * in.query_stride, after - begin,
+             context + begin * context_stride, context_stride, scope);
     }
     token += queries;
     context += queries * context_stride;

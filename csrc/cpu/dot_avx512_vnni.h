@@ -29,8 +29,7 @@ struct Dot {
   }
   static PACKEDBERT_INLINE void store_inputs(Vec x, int32_t zero_point, Input* to) {
     const __m512i integers = _mm512_add_epi32(_mm512_cvtps_epi32(x.value), _mm512_set1_epi32(zero_point));
-    // Narrowing keeps to 255.
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm512_cvtusepi32_epi8(_mm512_max_epi32(integers, _mm512_setzero_si512())));
+    // Narrowing keeps to 255; none is below 0.
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(integers));
   }
 };

@@ -133,10 +133,8 @@ void quantize_keys_values(const void* context, int64_t begin, int64_t end) {
   const LayerRun& run = run_of(context);
   const QueriesKeysValues next = run.qkv_of(run.layer + 1);
   const QuantizedKeysValues to = QuantizedKeysValues::at(next.keys, next.batch, next.heads);
-  for_rows(run.inner, run.plan->inner_stride, 2 * next.heads.width(), begin, end,
-           [&](int64_t token, const float* row) PACKEDBERT_INLINE_LAMBDA {
-             place_quantized(to, next.batch, next.heads, row, run.first + token);
-           });
+  place_quantized(to, next.batch, next.heads, run.inner + begin * run.plan->inner_stride,
+                  run.plan->inner_stride, run.first + begin, run.first + end);
 }
 
 // The context of tokens [begin, end), all heads, ready for project_context.

@@ -18,8 +18,7 @@ void place_pruned_attention(const void* context, int64_t begin, int64_t end) {
   const int64_t width = a.heads.width();
   if (a.quantized) {
     const QuantizedKeysValues to = QuantizedKeysValues::at(a.keys, a.batch, a.heads);
-    for (int64_t token = begin; token < end; ++token)
-      place_quantized(to, a.batch, a.heads, a.qkv + token * 3 * width + width, token);
+    place_quantized(to, a.batch, a.heads, a.qkv + begin * 3 * width + width, 3 * width, begin, end);
     return;
   }
   place_qkv(places_of(a), a.qkv + begin * 3 * width + width, 3 * width, begin, end - begin, width, 2 * width,

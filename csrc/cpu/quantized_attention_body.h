@@ -22,63 +22,113 @@ struct QuantizedKeysValues {
   }
 };
 
-// put(i, integers) gets x [size] / scale, rounded to -127..127, Vec::kWidth of them at a time, of which those
-// beyond size are 0; returns the scale. Where x has a NaN or an infinity, that is a NaN.
-template <typename Put>
-PACKEDBERT_INLINE float quantize_symmetric(const float* x, int64_t size, const Put& put) {
-  const auto load = [&](int64_t i) PACKEDBERT_INLINE_LAMBDA {
-    return i + Vec::kWidth <= size ? Vec::load(x + i) : Vec::load_partial(x + i, size - i);
+// put(i, integers) gets rows of x [kRows, size], with `stride` between them, each over its scale, rounded to
+// -127..127: of each row Vec::kWidth of them at a time, of which those beyond size are 0. scale [kRows]:
+// where a row has a NaN or an infinity, that is a NaN. Several rows at once overlap in what is a chain for
+// one.
+template <int kRows, typename Put>
+PACKEDBERT_INLINE void quantize_symmetric(
+    const float* x, int64_t stride, int64_t size, float* scale, const Put& put) {
+  const auto load = [&](int row, int64_t i) PACKEDBERT_INLINE_LAMBDA {
+    const float* from = x + row * stride + i;
+    return i + Vec::kWidth <= size ? Vec::load(from) : Vec::load_partial(from, size - i);
   };
-  Vec top = Vec::zero();
-  Vec damage = Vec::zero();
+  Vec top[kRows];
+  Vec damage[kRows];
+  PACKEDBERT_UNROLL
+  for (int row = 0; row < kRows; ++row) top[row] = damage[row] = Vec::zero();
   for (int64_t i = 0; i < size; i += Vec::kWidth) {
-    top = max(top, abs(load(i)));
-    damage = fma(Vec::zero(), load(i), damage);
+    PACKEDBERT_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      const Vec value = load(row, i);
+      top[row] = max(top[row], abs(value));
+      damage[row] = fma(Vec::zero(), value, damage[row]);
+    }
   }
-  const bool sound = !has_nan(damage);
-  const float largest = max_of_lanes(top) / 127.0f;
-  const float scale = largest > kMinScale ? largest : kMinScale;
-  const Vec factor = Vec::broadcast(sound ? 1.0f / scale : 0.0f);
+  Vec factor[kRows];
+  PACKEDBERT_UNROLL
+  for (int row = 0; row < kRows; ++row) {
+    const bool sound = !has_nan(damage[row]);
+    const float largest = max_of_lanes(top[row]) / 127.0f;
+    const float of_row = largest > kMinScale ? largest : kMinScale;
+    factor[row] = Vec::broadcast(sound ? 1.0f / of_row : 0.0f);
+    scale[row] = sound ? of_row : __builtin_nanf("");
+  }
   const Vec limit = Vec::broadcast(127.0f);
   for (int64_t i = 0; i < size; i += Vec::kWidth) {
-    // A NaN, of infinity times 0, becomes the limit: it is a number, and the scale is none.
-    put(i, max(min(round(load(i) * factor), limit), Vec::zero() - limit));
+    Vec integers[kRows];
+    PACKEDBERT_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      // A NaN, of infinity times 0, becomes the limit: it is a number, and the scale is none.
+      integers[row] = max(min(round(load(row, i) * factor[row]), limit), Vec::zero() - limit);
+    }
+    put(i, integers);
   }
-  return sound ? scale : __builtin_nanf("");
 }
 
-// The keys and values of one token: keys_values [2 * heads.width()].
-inline void place_quantized(const QuantizedKeysValues& to,
-                            const Ragged& batch,
-                            Heads heads,
-                            const float* keys_values,
-                            int64_t token) {
-  const int64_t sequence = batch.sequence_of[token];
-  const int64_t slot = batch.first_slot[sequence] + token - batch.first_token[sequence];
+// The keys and values of kTokens tokens, one or kGroup, whose slots are neighbours in one group.
+//   keys_values: [kTokens, 2 * heads.width()] with `stride` between rows; slot: of the first.
+template <int kTokens>
+void place_quantized_group(const QuantizedKeysValues& to,
+                           const Ragged& batch,
+                           Heads heads,
+                           const float* keys_values,
+                           int64_t stride,
+                           int64_t slot) {
   const int64_t groups = group_count(heads.size);
   for (int64_t head = 0; head < heads.count; ++head) {
     const int64_t at = head * batch.key_slots + slot;
     int8_t* key = to.keys + (at / kPanelWidth * groups * kPanelWidth + at % kPanelWidth) * kGroup;
-    Vec sum = Vec::zero();
-    to.key_scale[at] = quantize_symmetric(
-        keys_values + head * heads.size, heads.size, [&](int64_t i, Vec integers) PACKEDBERT_INLINE_LAMBDA {
-          sum = sum + integers;
-          alignas(64) int8_t bytes[Vec::kWidth];
-          store_bytes(integers, bytes);
-          const int64_t end = smaller(Vec::kWidth, groups * kGroup - i);
-          for (int64_t j = 0; j < end; j += kGroup)
-            __builtin_memcpy(key + (i + j) * kPanelWidth, bytes + j, kGroup);
-        });
-    to.key_sums[at] = static_cast<int32_t>(sum_of_lanes(sum));  // exact: 127 * 512 at most
+    Vec sum[kTokens];
+    PACKEDBERT_UNROLL
+    for (int token = 0; token < kTokens; ++token) sum[token] = Vec::zero();
+    const auto put_keys = [&](int64_t i, const Vec(&integers)[kTokens]) PACKEDBERT_INLINE_LAMBDA {
+      PACKEDBERT_UNROLL
+      for (int token = 0; token < kTokens; ++token) sum[token] = sum[token] + integers[token];
+      store_groups(integers, key + i * kPanelWidth, kPanelWidth * kGroup,
+                   smaller(Vec::kWidth / kGroup, groups - i / kGroup));
+    };
+    quantize_symmetric<kTokens>(keys_values + head * heads.size, stride, heads.size, to.key_scale + at,
+                                put_keys);
+    PACKEDBERT_UNROLL
+    for (int token = 0; token < kTokens; ++token) {
+      // Exact: 127 * 512 at most.
+      to.key_sums[at + token] = static_cast<int32_t>(sum_of_lanes(sum[token]));
+    }
 
-    const float* values = keys_values + heads.width() + head * heads.size;
-    to.value_scale[at] =
-        quantize_symmetric(values, heads.size, [&](int64_t d, Vec integers) PACKEDBERT_INLINE_LAMBDA {
-          const int64_t panel = head * panel_count(heads.size) + d / kPanelWidth;
-          int8_t* value = to.values + (panel * batch.key_slots + slot / kGroup * kGroup) * kPanelWidth +
-                          d % kPanelWidth * kGroup + slot % kGroup;
-          store_every_fourth_byte(integers, value, smaller(Vec::kWidth, heads.size - d));
-        });
+    const auto put_values = [&](int64_t d, const Vec(&integers)[kTokens]) PACKEDBERT_INLINE_LAMBDA {
+      const int64_t panel = head * panel_count(heads.size) + d / kPanelWidth;
+      store_columns(integers, to.values + (panel * batch.key_slots + slot / kGroup * kGroup) * kPanelWidth +
+                                  d % kPanelWidth * kGroup + slot % kGroup);
+    };
+    quantize_symmetric<kTokens>(keys_values + heads.width() + head * heads.size, stride, heads.size,
+                                to.value_scale + at, put_values);
+  }
+}
+
+// The keys and values of tokens [begin, end): keys_values [end - begin, 2 * heads.width()] with `stride`
+// between rows. kGroup at a time where they fill a group of slots; the next ones are brought to the
+// first-level cache, because where threads share a step others have written half of them.
+inline void place_quantized(const QuantizedKeysValues& to,
+                            const Ragged& batch,
+                            Heads heads,
+                            const float* keys_values,
+                            int64_t stride,
+                            int64_t begin,
+                            int64_t end) {
+  for (int64_t token = begin; token < end;) {
+    const int64_t sequence = batch.sequence_of[token];
+    const int64_t slot = batch.first_slot[sequence] + token - batch.first_token[sequence];
+    const bool group = slot % kGroup == 0 && token + kGroup <= smaller(end, batch.first_token[sequence + 1]);
+    const float* row = keys_values + (token - begin) * stride;
+    token += group ? kGroup : 1;
+    for (int64_t next = token; next < smaller(end, token + kGroup); ++next)
+      prefetch_row(keys_values + (next - begin) * stride, 2 * heads.width());
+    if (group) {
+      place_quantized_group<kGroup>(to, batch, heads, row, stride, slot);
+    } else {
+      place_quantized_group<1>(to, batch, heads, row, stride, slot);
+    }
   }
 }
 
@@ -98,6 +148,7 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
   alignas(64) float scores[kQueryRows * kScoreStride];
   alignas(64) float tile[kQueryRows * kPanelWidth];
   alignas(64) float scratch[quantized_rows_size(kQueryRows, kKeyBlock)];
+  alignas(64) float factors[kKeyBlock];
   float maximum[kQueryRows];
   float sum[kQueryRows];
   float correction[kQueryRows];
@@ -124,7 +175,7 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
                                kScoreStride, no_prefetch(queries));
     }
 
-    // The largest value scale, or a NaN if one of them is.
+    // The largest value scale, or a NaN if one of them is; what the probability of each key is multiplied by.
     const auto value_scale = [&](int64_t k) PACKEDBERT_INLINE_LAMBDA {
       const float* from = kv.value_scale + slot + k;
       return keys - k < Vec::kWidth ? Vec::load_partial(from, keys - k) : Vec::load(from);
@@ -136,13 +187,15 @@ inline void attend_quantized_tile(const QueriesKeysValues& in,
       damage = fma(Vec::zero(), value_scale(k), damage);
     }
     const float largest = max_of_lanes(top) + sum_of_lanes(damage);
+    const Vec to_integers = Vec::broadcast(255.0f / largest);
+    for (int64_t k = 0; k < keys; k += Vec::kWidth) (value_scale(k) * to_integers).store(factors + k);
+
     const QuantizedRows probabilities = QuantizedRows::in(scratch, kQueryRows, kKeyBlock);
-    const Vec factor = Vec::broadcast(255.0f / largest);
     for (int64_t row = 0; row < rows; ++row) {
       probabilities.scale[row] = largest / 255.0f;
       probabilities.zero_point[row] = 0;
       const auto put = [&](int64_t k, Vec e) PACKEDBERT_INLINE_LAMBDA {
-        Dot::store_inputs(e * (value_scale(k) * factor), 0, probabilities.at(row, k));
+        Dot::store_inputs(e * Vec::load(factors + k), 0, probabilities.at(row, k));
       };
       correction[row] =
           exponentiate(scores + row * kScoreStride, keys, scale, first, &maximum[row], &sum[row], put);

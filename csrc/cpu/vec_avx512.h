@@ -51,10 +51,39 @@ PACKEDBERT_INLINE float sum_of_lanes(Vec a) { return _mm512_reduce_add_ps(a.valu
 PACKEDBERT_INLINE float max_of_lanes(Vec a) { return _mm512_reduce_max_ps(a.value); }
 
 // As in vec_bytes.h.
-PACKEDBERT_INLINE void store_bytes(Vec x, int8_t* to) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.value)));
+PACKEDBERT_INLINE __m128i bytes_of(Vec x) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.value)); }
+
+template <int kTokens>
+PACKEDBERT_INLINE void store_groups(const Vec (&x)[kTokens], int8_t* to, int64_t stride, int64_t count) {
+  static_assert(Vec::kWidth == 4 * kGroup);
+  if constexpr (kTokens == 1) {
+    alignas(16) int8_t bytes[Vec::kWidth];
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes), bytes_of(x[0]));
+    for (int64_t i = 0; i < count; ++i) __builtin_memcpy(to + i * stride, bytes + i * kGroup, kGroup);
+  } else {
+    const __m128i a = bytes_of(x[0]), b = bytes_of(x[1]), c = bytes_of(x[2]), d = bytes_of(x[3]);
+    const __m128i ab01 = _mm_unpacklo_epi32(a, b), ab23 = _mm_unpackhi_epi32(a, b);
+    const __m128i cd01 = _mm_unpacklo_epi32(c, d), cd23 = _mm_unpackhi_epi32(c, d);
+    const __m128i groups[4] = {_mm_unpacklo_epi64(ab01, cd01), _mm_unpackhi_epi64(ab01, cd01),
+                               _mm_unpacklo_epi64(ab23, cd23), _mm_unpackhi_epi64(ab23, cd23)};
+    PACKEDBERT_UNROLL
+    for (int64_t i = 0; i < 4; ++i)
+      if (i < count) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * stride), groups[i]);
+  }
 }
-PACKEDBERT_INLINE void store_every_fourth_byte(Vec x, int8_t* to, int64_t count) {
-  const __mmask64 lowest = 0x1111111111111111 & _cvtu64_mask64(~0ull >> (64 - 4 * count));
-  _mm512_mask_storeu_epi8(to, lowest, _mm512_cvtps_epi32(x.value));
+
+template <int kTokens>
+PACKEDBERT_INLINE void store_columns(const Vec (&x)[kTokens], int8_t* to) {
+  if constexpr (kTokens == 1) {
+    _mm512_mask_storeu_epi8(to, 0x1111111111111111, _mm512_cvtps_epi32(x[0].value));
+  } else {
+    const __m512i low = _mm512_set1_epi32(255);
+    __m512i columns = _mm512_slli_epi32(_mm512_cvtps_epi32(x[3].value), 24);
+    PACKEDBERT_UNROLL
+    for (int token = 0; token < 3; ++token) {
+      const __m512i byte = _mm512_and_si512(_mm512_cvtps_epi32(x[token].value), low);
+      columns = _mm512_or_si512(columns, _mm512_slli_epi32(byte, 8 * token));
+    }
+    _mm512_storeu_si512(to, columns);
+  }
 }
