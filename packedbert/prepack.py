@@ -91,11 +91,12 @@ class PreparedEncoder:
         made = native()
         # What the kernels read in place may change.
         copied = [slot for slot, own in enumerate(made) if address_of(own) != self._addresses[slot]]
-        self._copied = [weights[slot] for slot in copied]
-        self._versions = [versions[slot] for slot in copied]
+        counted = [slot for slot in copied if not weights[slot].is_inference()]  # asking the others costs an exception
+        self._counted = [weights[slot] for slot in counted]
+        self._versions = [versions[slot] for slot in counted]
         # They own the storage, so that no address comes back as another weight's. They are not the tensors themselves:
         # those could not be swapped (torch.utils.swap_tensors) while somebody holds them.
-        self._sources = [weight.detach() for weight in self._copied]
+        self._sources = [weights[slot].detach() for slot in copied]
         held = [weight.detach() for weight in made]
         self.key: int = torch.ops.packedbert.prepare_encoder(held, *settings)
         assert dispatch.NATIVE is not None  # it has the op
@@ -112,7 +113,7 @@ class PreparedEncoder:
 
     def is_current(self) -> bool:
         """Whether the weights that it was made of are in the same place, and unchanged."""
-        return self._addresses == list(map(address_of, self._weights)) and self._versions == _versions(self._copied)
+        return self._addresses == list(map(address_of, self._weights)) and self._versions == _versions(self._counted)
 
 
 class _Entry(NamedTuple):
