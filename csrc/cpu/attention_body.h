@@ -42,6 +42,24 @@ inline void place_rows(const float* from,
   }
 }
 
+// Column i of from + bias, [rows, columns], goes to `to` + i * kPanelWidth: the keys of `rows` tokens, one or
+// kRowsAtOnce. bias [columns], or null for none.
+inline void place_keys(
+    const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* bias, float* to) {
+  int64_t i = 0;
+  for (; rows == kRowsAtOnce && i + Vec::kWidth <= columns; i += Vec::kWidth) {
+    const Vec of_columns = bias ? Vec::load(bias + i) : Vec::zero();
+    Vec x[kRowsAtOnce];
+    PACKEDBERT_UNROLL
+    for (int row = 0; row < kRowsAtOnce; ++row) x[row] = Vec::load(from + row * from_stride + i) + of_columns;
+    store_columns(x, to + i * kPanelWidth, kPanelWidth);
+  }
+  for (; i < columns; ++i) {
+    for (int64_t row = 0; row < rows; ++row)
+      to[i * kPanelWidth + row] = from[row * from_stride + i] + (bias ? bias[i] : 0.0f);
+  }
+}
+
 // Puts columns [column, column + columns) of the q, k and v of tokens [token, token + rows) in their places.
 //   from [rows, columns] with from_stride between rows; bias [columns], to be added, or null.
 inline void place_qkv(const QueriesKeysValues& to,
@@ -70,13 +88,16 @@ inline void place_qkv(const QueriesKeysValues& to,
       float* query = to.queries + token * to.query_stride + in_part;
       place_rows(from, from_stride, rows, run, bias, query, to.query_stride);
     } else if (part == 1) {
-      for (int64_t row = 0; row < rows; ++row) {
-        const float* x = from + row * from_stride;
+      for (int64_t row = 0; row < rows;) {
         const int64_t sequence = batch.sequence_of[token + row];
         const int64_t slot = batch.first_slot[sequence] + token + row - batch.first_token[sequence];
+        const int64_t neighbours = smaller(smaller(rows, batch.first_token[sequence + 1] - token) - row,
+                                           kPanelWidth - slot % kPanelWidth);
         const int64_t panel = head * (batch.key_slots / kPanelWidth) + slot / kPanelWidth;
         float* key = to.keys + (panel * size + d) * kPanelWidth + slot % kPanelWidth;
-        for (int64_t i = 0; i < run; ++i) key[i * kPanelWidth] = bias ? x[i] + bias[i] : x[i];
+        const int64_t count = neighbours < kRowsAtOnce ? 1 : kRowsAtOnce;
+        place_keys(from + row * from_stride, from_stride, count, run, bias, key);
+        row += count;
       }
     } else {
       const int64_t panel = head * panel_count(size) + d / kPanelWidth;

@@ -59,4 +59,4 @@ PACKEDBERT_INLINE float max_of_lanes(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(top, _mm_shuffle_ps(top, top, 1)));
 }
 
-#include "cpu/vec_bytes.h"
+#include "cpu/vec_columns.h"

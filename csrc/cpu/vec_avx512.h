@@ -50,39 +50,60 @@ PACKEDBERT_INLINE float first_lane(Vec a) { return _mm512_cvtss_f32(a.value); }
 PACKEDBERT_INLINE float sum_of_lanes(Vec a) { return _mm512_reduce_add_ps(a.value); }
 PACKEDBERT_INLINE float max_of_lanes(Vec a) { return _mm512_reduce_max_ps(a.value); }
 
-// As in vec_bytes.h.
+// As in vec_columns.h.
+constexpr int kRowsAtOnce = 4;
+
+PACKEDBERT_INLINE void store_columns(const Vec (&rows)[kRowsAtOnce], float* to, int64_t stride) {
+  const __m512 low01 = _mm512_unpacklo_ps(rows[0].value, rows[1].value);
+  const __m512 low23 = _mm512_unpacklo_ps(rows[2].value, rows[3].value);
+  const __m512 high01 = _mm512_unpackhi_ps(rows[0].value, rows[1].value);
+  const __m512 high23 = _mm512_unpackhi_ps(rows[2].value, rows[3].value);
+  // Of every fourth column each.
+  const __m512 columns[4] = {_mm512_shuffle_ps(low01, low23, 0x44), _mm512_shuffle_ps(low01, low23, 0xee),
+                             _mm512_shuffle_ps(high01, high23, 0x44),
+                             _mm512_shuffle_ps(high01, high23, 0xee)};
+  PACKEDBERT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    _mm_storeu_ps(to + i * stride, _mm512_castps512_ps128(columns[i]));
+    _mm_storeu_ps(to + (4 + i) * stride, _mm512_extractf32x4_ps(columns[i], 1));
+    _mm_storeu_ps(to + (8 + i) * stride, _mm512_extractf32x4_ps(columns[i], 2));
+    _mm_storeu_ps(to + (12 + i) * stride, _mm512_extractf32x4_ps(columns[i], 3));
+  }
+}
+
 PACKEDBERT_INLINE __m128i bytes_of(Vec x) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.value)); }
 
-template <int kTokens>
-PACKEDBERT_INLINE void store_groups(const Vec (&x)[kTokens], int8_t* to, int64_t stride, int64_t count) {
+template <int kRows>
+PACKEDBERT_INLINE void store_groups(const Vec (&rows)[kRows], int8_t* to, int64_t stride, int64_t count) {
   static_assert(Vec::kWidth == 4 * kGroup);
-  if constexpr (kTokens == 1) {
+  if constexpr (kRows == 1) {
     alignas(16) int8_t bytes[Vec::kWidth];
-    _mm_store_si128(reinterpret_cast<__m128i*>(bytes), bytes_of(x[0]));
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes), bytes_of(rows[0]));
     for (int64_t i = 0; i < count; ++i) __builtin_memcpy(to + i * stride, bytes + i * kGroup, kGroup);
   } else {
-    const __m128i a = bytes_of(x[0]), b = bytes_of(x[1]), c = bytes_of(x[2]), d = bytes_of(x[3]);
+    const __m128i a = bytes_of(rows[0]), b = bytes_of(rows[1]), c = bytes_of(rows[2]), d = bytes_of(rows[3]);
     const __m128i ab01 = _mm_unpacklo_epi32(a, b), ab23 = _mm_unpackhi_epi32(a, b);
     const __m128i cd01 = _mm_unpacklo_epi32(c, d), cd23 = _mm_unpackhi_epi32(c, d);
     const __m128i groups[4] = {_mm_unpacklo_epi64(ab01, cd01), _mm_unpackhi_epi64(ab01, cd01),
                                _mm_unpacklo_epi64(ab23, cd23), _mm_unpackhi_epi64(ab23, cd23)};
     PACKEDBERT_UNROLL
-    for (int64_t i = 0; i < 4; ++i)
+    for (int64_t i = 0; i < 4; ++i) {
       if (i < count) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * stride), groups[i]);
+    }
   }
 }
 
-template <int kTokens>
-PACKEDBERT_INLINE void store_columns(const Vec (&x)[kTokens], int8_t* to) {
-  if constexpr (kTokens == 1) {
-    _mm512_mask_storeu_epi8(to, 0x1111111111111111, _mm512_cvtps_epi32(x[0].value));
+template <int kRows>
+PACKEDBERT_INLINE void store_columns(const Vec (&rows)[kRows], int8_t* to) {
+  if constexpr (kRows == 1) {
+    _mm512_mask_storeu_epi8(to, 0x1111111111111111, _mm512_cvtps_epi32(rows[0].value));
   } else {
     const __m512i low = _mm512_set1_epi32(255);
-    __m512i columns = _mm512_slli_epi32(_mm512_cvtps_epi32(x[3].value), 24);
+    __m512i columns = _mm512_slli_epi32(_mm512_cvtps_epi32(rows[3].value), 24);
     PACKEDBERT_UNROLL
-    for (int token = 0; token < 3; ++token) {
-      const __m512i byte = _mm512_and_si512(_mm512_cvtps_epi32(x[token].value), low);
-      columns = _mm512_or_si512(columns, _mm512_slli_epi32(byte, 8 * token));
+    for (int row = 0; row < 3; ++row) {
+      const __m512i byte = _mm512_and_si512(_mm512_cvtps_epi32(rows[row].value), low);
+      columns = _mm512_or_si512(columns, _mm512_slli_epi32(byte, 8 * row));
     }
     _mm512_storeu_si512(to, columns);
   }

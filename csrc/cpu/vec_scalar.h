@@ -89,4 +89,4 @@ PACKEDBERT_INLINE float max_of_lanes(Vec a) {
   return top;
 }
 
-#include "cpu/vec_bytes.h"
+#include "cpu/vec_columns.h"
