@@ -54,11 +54,14 @@ def allocate_together(kinds: Sequence[tuple[Sequence[int], torch.dtype]]) -> lis
 address_of = Tensor.data_ptr
 
 
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version  # inference tensors have none
+def _version(weight: Tensor) -> int | None:
+    try:
+        return weight._version
+    except RuntimeError:  # inference tensors have none, nor have those that were made of one by `.data =`
+        return None
 
 
-def _versions(weights: Sequence[Tensor]) -> list[int]:
+def _versions(weights: Sequence[Tensor]) -> list[int | None]:
     try:
         return list(map(operator.attrgetter("_version"), weights))
     except RuntimeError:
@@ -87,13 +90,16 @@ class PreparedEncoder:
         self._weights = list(weights)
         # Before the copies are made: what another thread changes meanwhile is a change.
         self._addresses = list(map(address_of, weights))
-        versions = _versions(weights)
+        versions = list(map(_version, weights))
         made = native()
         # What the kernels read in place may change.
         copied = [slot for slot, own in enumerate(made) if address_of(own) != self._addresses[slot]]
-        counted = [slot for slot in copied if not weights[slot].is_inference()]  # asking the others costs an exception
+        counted = [slot for slot in copied if versions[slot] is not None]
         self._counted = [weights[slot] for slot in counted]
         self._versions = [versions[slot] for slot in counted]
+        # The others are asked what they are, not their version: that costs an exception.
+        self._uncounted = [weights[slot] for slot in copied if versions[slot] is None]
+        self._inference = list(map(Tensor.is_inference, self._uncounted))
         # They own the storage, so that no address comes back as another weight's. They are not the tensors themselves:
         # those could not be swapped (torch.utils.swap_tensors) while somebody holds them.
         self._sources = [weights[slot].detach() for slot in copied]
@@ -112,13 +118,17 @@ class PreparedEncoder:
         )
 
     def is_current(self) -> bool:
-        """Whether the weights that it was made of are in the same place, and unchanged."""
-        return self._addresses == list(map(address_of, self._weights)) and self._versions == _versions(self._counted)
+        """Whether the weights that it was made of are in the same place, and unchanged as far as PyTorch counts."""
+        return (
+            self._addresses == list(map(address_of, self._weights))
+            and self._versions == _versions(self._counted)
+            and self._inference == list(map(Tensor.is_inference, self._uncounted))
+        )
 
 
 class _Entry(NamedTuple):
     source: Tensor  # keeps the storage alive, so that its address can't come back as another weight's
-    version: int
+    version: int | None
     prepacked: Tensor
 
 

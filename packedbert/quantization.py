@@ -23,7 +23,8 @@ GROUP = 4
 #: So many products can't overflow 32 bits.
 MAX_INPUTS = 65536
 
-_MIN_SCALE = 2.0**-126
+#: The smallest scale: 255 over it is finite, and it over 255 is not subnormal.
+_MIN_SCALE = 2.0**-118
 
 
 class QuantizedWeight(NamedTuple):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from op_cases import HIDDEN, assert_as_exact_as_torch, prepacked_layers, random_layers
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from packedbert import dispatch, ops, reference
+from packedbert import dispatch, ops, prepack, reference
 from packedbert.prepack import PreparedEncoder, allocate_together
 from packedbert.reference import ACTIVATIONS, MATRICES, NORMS, LayerWeights
 
@@ -389,6 +389,21 @@ def test_allocate_together():
     assert all((tensor == number).all() for number, tensor in enumerate(tensors))  # none overlaps another
     assert [tensor.shape for tensor in allocate_together([((0,), torch.int8)])] == [(0,)]
     assert allocate_together([]) == []
+
+
+@pytest.mark.skipif(dispatch.NATIVE is None, reason="the native library is not built")
+def test_weights_that_pytorch_does_not_count(monkeypatch):
+    with torch.inference_mode():
+        weights = random_layers([1], [4])
+    settings = ((1,), "gelu", "layer_norm", 1e-12, "fp32")
+    prepared = PreparedEncoder(weights, settings, lambda: prepacked_layers(weights))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepack, "_version", None)  # what asks each, after an exception
+        assert prepared.fits(weights, settings)
+    counted = torch.from_numpy(weights[0].numpy())
+    assert counted.data_ptr() == weights[0].data_ptr()
+    torch.utils.swap_tensors(weights[0], counted)
+    assert not prepared.fits(weights, settings)
 
 
 @pytest.mark.skipif(dispatch.NATIVE is None, reason="the native library is not built")

@@ -281,6 +281,19 @@ def test_int8_attention_shows_a_nan(isa, part):
     assert torch.equal(got[~touched], clean[~touched])
 
 
+@pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-36, 1e-34])
+def test_int8_attention_to_values_next_to_nothing(isa, magnitude):
+    """Places of the last group that no key has are never written: they must not be multiplied, by 255 least of all."""
+    for length in (5, 8, 30):
+        qkv, bounds = float_qkv([length], 2, 16)
+        qkv[:, 64:] *= magnitude
+        left_behind = [torch.full((size,), 1.2e20) for size in range(100, 40_000, 517)]
+        del left_behind  # what scratch memory finds
+        got = ops.pruned_attention(qkv, bounds, 2, "int8")
+        off = (got - reference.pruned_attention(qkv, bounds, 2)).abs().max()
+        assert off <= 0.05 * qkv[:, 64:].abs().max() + 2.0**-118
+
+
 def test_int8_attention_has_the_same_bits_in_any_batch(isa):
     qkv, bounds = float_qkv([50, 9, 70], 2, 64)
     together = ops.pruned_attention(qkv, bounds, 2, "int8")

@@ -42,21 +42,27 @@ inline void place_rows(const float* from,
   }
 }
 
-// Column i of from + bias, [rows, columns], goes to `to` + i * kPanelWidth: the keys of `rows` tokens, one or
-// kRowsAtOnce. bias [columns], or null for none.
-inline void place_keys(
-    const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* bias, float* to) {
+// So many tokens' keys are placed at once.
+constexpr int kKeysAtOnce = 4;
+
+// Column i of from + bias, [kTokens, columns], goes to `to` + i * kPanelWidth: the keys of one token, or of
+// kKeysAtOnce whose slots are neighbours in one panel.
+//   from_stride: between rows; bias [columns], or null for none.
+template <int kTokens>
+void place_keys(const float* from, int64_t from_stride, int64_t columns, const float* bias, float* to) {
   int64_t i = 0;
-  for (; rows == kRowsAtOnce && i + Vec::kWidth <= columns; i += Vec::kWidth) {
-    const Vec of_columns = bias ? Vec::load(bias + i) : Vec::zero();
-    Vec x[kRowsAtOnce];
-    PACKEDBERT_UNROLL
-    for (int row = 0; row < kRowsAtOnce; ++row) x[row] = Vec::load(from + row * from_stride + i) + of_columns;
-    store_columns(x, to + i * kPanelWidth, kPanelWidth);
+  if constexpr (kTokens == kKeysAtOnce) {
+    for (; i + Vec::kWidth <= columns; i += Vec::kWidth) {
+      const Vec of_columns = bias ? Vec::load(bias + i) : Vec::zero();
+      Vec keys[kTokens];
+      PACKEDBERT_UNROLL
+      for (int t = 0; t < kTokens; ++t) keys[t] = Vec::load(from + t * from_stride + i) + of_columns;
+      store_columns(keys, to + i * kPanelWidth, kPanelWidth);
+    }
   }
   for (; i < columns; ++i) {
-    for (int64_t row = 0; row < rows; ++row)
-      to[i * kPanelWidth + row] = from[row * from_stride + i] + (bias ? bias[i] : 0.0f);
+    for (int t = 0; t < kTokens; ++t)
+      to[i * kPanelWidth + t] = from[t * from_stride + i] + (bias ? bias[i] : 0.0f);
   }
 }
 
@@ -95,9 +101,14 @@ inline void place_qkv(const QueriesKeysValues& to,
                                            kPanelWidth - slot % kPanelWidth);
         const int64_t panel = head * (batch.key_slots / kPanelWidth) + slot / kPanelWidth;
         float* key = to.keys + (panel * size + d) * kPanelWidth + slot % kPanelWidth;
-        const int64_t count = neighbours < kRowsAtOnce ? 1 : kRowsAtOnce;
-        place_keys(from + row * from_stride, from_stride, count, run, bias, key);
-        row += count;
+        const float* x = from + row * from_stride;
+        if (neighbours >= kKeysAtOnce) {
+          place_keys<kKeysAtOnce>(x, from_stride, run, bias, key);
+          row += kKeysAtOnce;
+        } else {
+          place_keys<1>(x, from_stride, run, bias, key);
+          ++row;
+        }
       }
     } else {
       const int64_t panel = head * panel_count(size) + d / kPanelWidth;

@@ -28,8 +28,10 @@ struct Dot {
     _mm512_storeu_si512(to + kColumns, b.sum);
   }
   static PACKEDBERT_INLINE void store_inputs(Vec x, int32_t zero_point, Input* to) {
-    const __m512i integers = _mm512_add_epi32(_mm512_cvtps_epi32(x.value), _mm512_set1_epi32(zero_point));
-    // Narrowing keeps to 255; none is below 0.
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(integers));
+    // To the nearest whatever mode is set, because what rounded below 0 would become 255: that is what
+    // narrowing makes of all it reads as more, a NaN's integer too.
+    const __m512i rounded = _mm512_cvt_roundps_epi32(x.value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm512_cvtusepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(zero_point))));
   }
 };

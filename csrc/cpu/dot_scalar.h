@@ -35,11 +35,9 @@ struct Dot {
     }
   }
   // to [Vec::kWidth]: x rounded to the nearest integers, halves to even, at most 255 - zero_point. x has to
-  // be -zero_point or more, or a NaN, of which any of these integers is made.
+  // round to -zero_point or more, or be a NaN, of which any such integer is made.
   static PACKEDBERT_INLINE void store_inputs(Vec x, int32_t zero_point, Input* to) {
-    const Vec least = Vec::broadcast(static_cast<float>(-zero_point));  // for a NaN
-    const Vec most = Vec::broadcast(static_cast<float>(255 - zero_point));
-    const Vec integers = max(min(round(x), most), least);
+    const Vec integers = min(round(x), Vec::broadcast(static_cast<float>(255 - zero_point)));
     for (int64_t i = 0; i < Vec::kWidth; ++i) to[i] = static_cast<Input>(integers.value[i]);
   }
 };

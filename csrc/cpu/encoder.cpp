@@ -16,33 +16,53 @@ struct PanelRules {
   // A token panel's hidden states and inner activations take at most so many bytes, or it has at most so many
   // tokens, whichever is more. They go through all steps of a layer together, and each tile of them meets one
   // panel of weights after the other (96 KiB at BERT-base's width, a quarter of that in int8).
-  int64_t bytes;
-  int64_t tokens;
-  int64_t fewest_tokens;  // in a panel
+  int64_t most_bytes;
+  int64_t most_tokens;
+  int64_t fewest_tokens;  // in a panel; with fewer, each step is split among the threads instead
   int64_t halved_tokens;  // a panel is halved, for balance, if its halves have as many
   int64_t row_step;       // panels begin at a multiple
   int64_t wide_step;      // the same, where they have halved_tokens each
 };
 
-// About the second-level cache of processors with AVX-512 (1 MiB or more). Smaller panels read all weights,
-// which lie further away, more often: 640 KiB was 1 to 2 percent slower, 384 KiB as fast where that cache has
-// 1 MiB.
-//
-// Fewer tokens than this in a thread's panel do not repay that each thread reads all weights: the steps are
-// split among the threads, each of which then reads its share of them. On two cores panels of 16 took 0.9 of
-// the time of splitting (their threads read the same weights at about the same time, and wait once a layer,
-// not six times), panels of 8 took 1.25. A panel is halved down to two tiles of AVX-512.
-constexpr PanelRules kVectorPanels = {1024 * 1024, 12, 12, 28, 1, 1};
+// most_bytes: about the second-level cache of processors with AVX-512. Where that is 2 MiB, 640 KiB was 1 to
+// 2 percent slower, because smaller panels read all weights, which lie further away, more often; where it is
+// 1 MiB, 256 to 512 KiB took as long.
+// fewest_tokens: less does not repay that each thread reads all weights, where with split steps each reads
+// its share of them. On two cores panels of 16 took 0.9 of the time of splitting (their threads read the same
+// weights at about the same time, and wait once a layer, not six times), panels of 8 took 1.25.
+// halved_tokens: two tiles of AVX-512.
+constexpr PanelRules kVectorPanels = {
+    .most_bytes = 1024 * 1024,
+    .most_tokens = 12,
+    .fewest_tokens = 12,
+    .halved_tokens = 28,
+    .row_step = 1,
+    .wide_step = 1,
+};
 
-// int8's weights are a quarter, and its keys and values want room in that cache too: of 1 MiB, panels of 192
-// to 384 KiB took 0.97 of the time at (8, 384), and no more elsewhere. Four tiles are the fewest,
-// however wide the tokens are: what weights lie in is shared with other cores.
-constexpr PanelRules kQuantizedVectorPanels = {384 * 1024, 56, 12, 28, 1, 1};
+// Where any matrix is in int8. Its weights are a quarter, and keys and values want room in that cache too: of
+// 1 MiB, panels of 192 to 384 KiB took 0.97 of the time at (8, 384), and no more elsewhere. Wide tokens still
+// come in four tiles of AVX-512, because many cores may share what the weights lie in.
+constexpr PanelRules kQuantizedVectorPanels = {
+    .most_bytes = 384 * 1024,
+    .most_tokens = 56,
+    .fewest_tokens = 12,
+    .halved_tokens = 28,
+    .row_step = 1,
+    .wide_step = 1,
+};
 
 // AMX multiplies so fast that reading weights is what counts: at 24 tokens a thread both took as long, at 28
 // panels took 0.9 of the time of splitting. Halving panels of fewer tokens costs more than it balances. Half
 // a strip takes more than half its time, but where panels have few strips their balance counts more.
-constexpr PanelRules kTilePanels = {1024 * 1024, 26, 26, 128, kStripRows / 2, kStripRows};
+constexpr PanelRules kTilePanels = {
+    .most_bytes = 1024 * 1024,
+    .most_tokens = 26,
+    .fewest_tokens = 26,
+    .halved_tokens = 128,
+    .row_step = kStripRows / 2,
+    .wide_step = kStripRows,
+};
 
 // Rows begin at a cache line, and never a multiple of 4 KiB apart: see kCollidingStride in multiply_tile.h.
 constexpr int64_t row_stride(int64_t width) {
@@ -90,7 +110,7 @@ EncoderPlan plan_encoder(const Encoder& encoder, int64_t threads, Isa isa) {
   const int64_t tokens_per_thread = (batch.tokens + threads - 1) / threads;
   if (threads == 1 || tokens_per_thread >= rules.fewest_tokens) {
     const int64_t token_bytes = sizeof(float) * (plan.hidden_stride + plan.inner_stride);
-    const int64_t most = std::max(rules.tokens, rules.bytes / token_bytes);
+    const int64_t most = std::max(rules.most_tokens, rules.most_bytes / token_bytes);
     // As many for each thread, and none much smaller than the others.
     int64_t of_worker = (tokens_per_thread + most - 1) / most;
     // One panel each would leave nothing to share out when something else takes a core: two cost 1 percent,

@@ -5,8 +5,8 @@
 // scale: asymmetric, since what GELU puts out is. Products and their sums are exact, so every instruction set
 // has the same; so are the integers themselves, each of whose roundings is one IEEE 754 operation.
 
-// The smallest scale: its inverse is finite.
-constexpr float kMinScale = 0x1p-126f;
+// The smallest scale: 255 over it is finite, and it over 255 is not subnormal, as int8 attention wants it.
+constexpr float kMinScale = 0x1p-118f;
 
 // Row `row` of `to` = x [size], times input_scale [size] if that is not null. Where x has a NaN or an
 // infinity, the scale is a NaN, and with it everything that is computed from the row.

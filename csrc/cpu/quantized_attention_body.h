@@ -85,8 +85,8 @@ void place_quantized_group(const QuantizedKeysValues& to,
     const auto put_keys = [&](int64_t i, const Vec(&integers)[kTokens]) PACKEDBERT_INLINE_LAMBDA {
       PACKEDBERT_UNROLL
       for (int token = 0; token < kTokens; ++token) sum[token] = sum[token] + integers[token];
-      store_groups(integers, key + i * kPanelWidth, kPanelWidth * kGroup,
-                   smaller(Vec::kWidth / kGroup, groups - i / kGroup));
+      store_byte_groups(integers, key + i * kPanelWidth, kPanelWidth * kGroup,
+                        smaller(Vec::kWidth / kGroup, groups - i / kGroup));
     };
     quantize_symmetric<kTokens>(keys_values + head * heads.size, stride, heads.size, to.key_scale + at,
                                 put_keys);
@@ -98,8 +98,9 @@ void place_quantized_group(const QuantizedKeysValues& to,
 
     const auto put_values = [&](int64_t d, const Vec(&integers)[kTokens]) PACKEDBERT_INLINE_LAMBDA {
       const int64_t panel = head * panel_count(heads.size) + d / kPanelWidth;
-      store_columns(integers, to.values + (panel * batch.key_slots + slot / kGroup * kGroup) * kPanelWidth +
-                                  d % kPanelWidth * kGroup + slot % kGroup);
+      store_byte_columns(integers, to.values +
+                                       (panel * batch.key_slots + slot / kGroup * kGroup) * kPanelWidth +
+                                       d % kPanelWidth * kGroup + slot % kGroup);
     };
     quantize_symmetric<kTokens>(keys_values + heads.width() + head * heads.size, stride, heads.size,
                                 to.value_scale + at, put_values);
@@ -107,8 +108,8 @@ void place_quantized_group(const QuantizedKeysValues& to,
 }
 
 // The keys and values of tokens [begin, end): keys_values [end - begin, 2 * heads.width()] with `stride`
-// between rows. kGroup at a time where they fill a group of slots; the next ones are brought to the
-// first-level cache, because where threads share a step others have written half of them.
+// between rows. kGroup at a time where they fill a group of slots; the next ones are fetched, because where
+// threads share a step others have written half of them.
 inline void place_quantized(const QuantizedKeysValues& to,
                             const Ragged& batch,
                             Heads heads,
@@ -116,14 +117,15 @@ inline void place_quantized(const QuantizedKeysValues& to,
                             int64_t stride,
                             int64_t begin,
                             int64_t end) {
+  int64_t fetched = begin;
   for (int64_t token = begin; token < end;) {
     const int64_t sequence = batch.sequence_of[token];
     const int64_t slot = batch.first_slot[sequence] + token - batch.first_token[sequence];
     const bool group = slot % kGroup == 0 && token + kGroup <= smaller(end, batch.first_token[sequence + 1]);
     const float* row = keys_values + (token - begin) * stride;
     token += group ? kGroup : 1;
-    for (int64_t next = token; next < smaller(end, token + kGroup); ++next)
-      prefetch_row(keys_values + (next - begin) * stride, 2 * heads.width());
+    for (; fetched < smaller(end, token + kGroup); ++fetched)
+      prefetch_row(keys_values + (fetched - begin) * stride, 2 * heads.width());
     if (group) {
       place_quantized_group<kGroup>(to, batch, heads, row, stride, slot);
     } else {

@@ -51,9 +51,7 @@ PACKEDBERT_INLINE float sum_of_lanes(Vec a) { return _mm512_reduce_add_ps(a.valu
 PACKEDBERT_INLINE float max_of_lanes(Vec a) { return _mm512_reduce_max_ps(a.value); }
 
 // As in vec_columns.h.
-constexpr int kRowsAtOnce = 4;
-
-PACKEDBERT_INLINE void store_columns(const Vec (&rows)[kRowsAtOnce], float* to, int64_t stride) {
+PACKEDBERT_INLINE void store_columns(const Vec (&rows)[4], float* to, int64_t stride) {
   const __m512 low01 = _mm512_unpacklo_ps(rows[0].value, rows[1].value);
   const __m512 low23 = _mm512_unpacklo_ps(rows[2].value, rows[3].value);
   const __m512 high01 = _mm512_unpackhi_ps(rows[0].value, rows[1].value);
@@ -74,8 +72,11 @@ PACKEDBERT_INLINE void store_columns(const Vec (&rows)[kRowsAtOnce], float* to, 
 PACKEDBERT_INLINE __m128i bytes_of(Vec x) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.value)); }
 
 template <int kRows>
-PACKEDBERT_INLINE void store_groups(const Vec (&rows)[kRows], int8_t* to, int64_t stride, int64_t count) {
-  static_assert(Vec::kWidth == 4 * kGroup);
+PACKEDBERT_INLINE void store_byte_groups(const Vec (&rows)[kRows],
+                                         int8_t* to,
+                                         int64_t stride,
+                                         int64_t count) {
+  static_assert(Vec::kWidth == 4 * kGroup && kGroup == 4 && (kRows == 1 || kRows == kGroup));
   if constexpr (kRows == 1) {
     alignas(16) int8_t bytes[Vec::kWidth];
     _mm_store_si128(reinterpret_cast<__m128i*>(bytes), bytes_of(rows[0]));
@@ -94,7 +95,8 @@ PACKEDBERT_INLINE void store_groups(const Vec (&rows)[kRows], int8_t* to, int64_
 }
 
 template <int kRows>
-PACKEDBERT_INLINE void store_columns(const Vec (&rows)[kRows], int8_t* to) {
+PACKEDBERT_INLINE void store_byte_columns(const Vec (&rows)[kRows], int8_t* to) {
+  static_assert(kGroup == 4 && (kRows == 1 || kRows == kGroup));
   if constexpr (kRows == 1) {
     _mm512_mask_storeu_epi8(to, 0x1111111111111111, _mm512_cvtps_epi32(rows[0].value));
   } else {

@@ -1,23 +1,23 @@
 // Rows of Vecs stored by columns, for instruction sets without instructions for it (vec_avx512.h has its
 // own). Included after Vec.
 
-// So many rows are stored at once.
-constexpr int kRowsAtOnce = 4;
-
 // Column i of row t goes to `to` + i * stride + t.
-PACKEDBERT_INLINE void store_columns(const Vec (&rows)[kRowsAtOnce], float* to, int64_t stride) {
-  float values[kRowsAtOnce][Vec::kWidth];
-  for (int row = 0; row < kRowsAtOnce; ++row) rows[row].store(values[row]);
+PACKEDBERT_INLINE void store_columns(const Vec (&rows)[4], float* to, int64_t stride) {
+  float values[4][Vec::kWidth];
+  for (int row = 0; row < 4; ++row) rows[row].store(values[row]);
   for (int64_t i = 0; i < Vec::kWidth; ++i) {
-    for (int row = 0; row < kRowsAtOnce; ++row) to[i * stride + row] = values[row][i];
+    for (int row = 0; row < 4; ++row) to[i * stride + row] = values[row][i];
   }
 }
 
-// The same of integers -128..127 as bytes: kRows is 1 or kGroup.
+// Integers -128..127 as bytes; kRows is 1 or kGroup.
 
 // Group g of row t, kGroup columns, goes to `to` + g * stride + t * kGroup; the first `count` groups.
 template <int kRows>
-PACKEDBERT_INLINE void store_groups(const Vec (&rows)[kRows], int8_t* to, int64_t stride, int64_t count) {
+PACKEDBERT_INLINE void store_byte_groups(const Vec (&rows)[kRows],
+                                         int8_t* to,
+                                         int64_t stride,
+                                         int64_t count) {
   int32_t integers[kRows][Vec::kWidth];
   for (int row = 0; row < kRows; ++row) rows[row].store_integers(integers[row]);
   for (int64_t group = 0; group < count; ++group) {
@@ -28,7 +28,7 @@ PACKEDBERT_INLINE void store_groups(const Vec (&rows)[kRows], int8_t* to, int64_
 
 // Column i of row t goes to `to` + i * kGroup + t.
 template <int kRows>
-PACKEDBERT_INLINE void store_columns(const Vec (&rows)[kRows], int8_t* to) {
+PACKEDBERT_INLINE void store_byte_columns(const Vec (&rows)[kRows], int8_t* to) {
   int32_t integers[kRows][Vec::kWidth];
   for (int row = 0; row < kRows; ++row) rows[row].store_integers(integers[row]);
   for (int64_t i = 0; i < Vec::kWidth; ++i) {
